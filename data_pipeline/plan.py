@@ -1,0 +1,181 @@
+"""The data plan: which sample lies at which step and slot. Pure arithmetic, no state, no files.
+
+Section "The data plan" of the design: blocks are permuted per epoch, the permuted sequence is cut into
+one contiguous part per slot, and the order inside a block is permuted too. So the position of a run is
+one integer, the step, and the sequence of global batches is the same for every number of ranks.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+_Word = TypeVar("_Word", int, NDArray[np.uint64])
+
+_MASK = (1 << 64) - 1
+_BLOCK_ORDER, _ROW_ORDER, _SAMPLE = 1, 2, 3  # what a hash is for: keeps the three uses independent
+
+
+class SampleIndex(NamedTuple):
+    """Where a sample lies: shard number, and row of that shard."""
+
+    shard: int
+    row: int
+
+
+@dataclass(frozen=True)
+class _EpochOrder:
+    """The permuted blocks of one epoch, and where each one ends in the sequence of samples."""
+
+    blocks: NDArray[np.int64]
+    ends: NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The order of training samples, a pure function of its fields.
+
+    `shard_samples` holds the number of samples of each shard; a block is a run of up to `block_size`
+    neighbouring samples of one shard. Steps count over epochs: step t lies in epoch t // steps_per_epoch.
+
+    Raises:
+        ValueError: fewer samples than `global_batch`, or a size below one.
+    """
+
+    shard_samples: Sequence[int]
+    block_size: int
+    seed: int
+    global_batch: int
+
+    def __post_init__(self) -> None:
+        if self.block_size < 1 or self.global_batch < 1:
+            raise ValueError(
+                f"block_size {self.block_size} and global_batch {self.global_batch} must be at least 1"
+            )
+        if self.num_samples < self.global_batch:
+            raise ValueError(
+                f"{self.num_samples} samples do not fill a global batch of {self.global_batch}; "
+                f"lower global_batch to at most {self.num_samples} or add samples"
+            )
+
+    @cached_property
+    def num_samples(self) -> int:
+        """Samples in all shards."""
+        return int(sum(self.shard_samples))
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Global batches in an epoch; the up to `global_batch - 1` samples left over differ each epoch."""
+        return self.num_samples // self.global_batch
+
+    def sample(self, step: int, slot: int) -> SampleIndex:
+        """The sample that `slot` of the global batch reads at `step`."""
+        return self.samples(step, range(slot, slot + 1))[0]
+
+    def samples(self, step: int, slots: range) -> list[SampleIndex]:
+        """The samples that `slots` of the global batch read at `step`, in slot order.
+
+        Raises:
+            ValueError: a negative step, or a slot outside the global batch.
+        """
+        if step < 0 or (slots and not (0 <= min(slots) and max(slots) < self.global_batch)):
+            raise ValueError(f"step {step}, {slots}: outside a global batch of {self.global_batch}")
+        epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
+        order = self._order_of_epoch(epoch)
+        positions = np.array(slots, np.int64) * self.steps_per_epoch + step_in_epoch
+        places = np.searchsorted(order.ends, positions, side="right")
+        blocks = order.blocks[places]
+        lengths = self._lengths(blocks)
+        offsets = positions - order.ends[places] + lengths
+        if self.block_size > 1:
+            for i, (block, length) in enumerate(zip(blocks.tolist(), lengths.tolist(), strict=True)):
+                offsets[i] = self._row_order(epoch, block, length)[offsets[i]]
+        shards = self._shards(blocks)
+        rows = (blocks - self._first_blocks[shards]) * self.block_size + offsets
+        return list(map(SampleIndex, shards.tolist(), rows.tolist()))
+
+    @cached_property
+    def _first_blocks(self) -> NDArray[np.int64]:
+        """Number of the first block of each shard, then the number of all blocks."""
+        samples = np.asarray(self.shard_samples, np.int64)
+        return np.concatenate(([0], np.cumsum(-(-samples // self.block_size))))
+
+    def _shards(self, blocks: NDArray[np.int64]) -> NDArray[np.int64]:
+        return np.searchsorted(self._first_blocks, blocks, side="right") - 1
+
+    def _lengths(self, blocks: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Samples in each of `blocks`: `block_size`, or what the end of the shard leaves."""
+        shards = self._shards(blocks)
+        starts = (blocks - self._first_blocks[shards]) * self.block_size
+        return np.minimum(self.block_size, np.asarray(self.shard_samples, np.int64)[shards] - starts)
+
+    @cached_property
+    def _order_of_epoch(self) -> "lru_cache[_EpochOrder]":  # type: ignore[type-arg]
+        # One epoch only: steps go forward, and millions of blocks make this the plan's one big object.
+        return lru_cache(maxsize=1)(self._permute_blocks)
+
+    def _permute_blocks(self, epoch: int) -> _EpochOrder:
+        num_blocks = int(self._first_blocks[-1])
+        blocks = _permutation(num_blocks, hash_words(_BLOCK_ORDER, self.seed, epoch))
+        return _EpochOrder(blocks=blocks, ends=np.cumsum(self._lengths(blocks)))
+
+    def _row_order(self, epoch: int, block: int, length: int) -> NDArray[np.int64]:
+        return _permutation(length, hash_words(_ROW_ORDER, self.seed, epoch, block))
+
+
+def slots_of_rank(global_batch: int, rank: int, world: int) -> range:
+    """The contiguous slots of one rank; ranks differ by at most one slot.
+
+    Raises:
+        ValueError: more ranks than slots, so some rank would have nothing to train on.
+    """
+    if world > global_batch:
+        raise ValueError(
+            f"{world} workers cannot share a global batch of {global_batch}; "
+            f"use at most {global_batch} workers or raise global_batch"
+        )
+    return _part(global_batch, rank, world)
+
+
+def eval_indices(num_samples: int, rank: int, world: int) -> range:
+    """The contiguous samples one rank evaluates: each sample once over all ranks, some ranks maybe none."""
+    return _part(num_samples, rank, world)
+
+
+def sample_seed(seed: int, epoch: int, shard: int, row: int) -> int:
+    """The 64-bit seed of a sample's augmentation: by what the sample is, not by who loads it or when."""
+    return hash_words(_SAMPLE, seed, epoch, shard, row)
+
+
+def hash_words(*words: int) -> int:
+    """Hash integers into 64 bits, the same on every machine and in every release."""
+    state = 0
+    for word in words:
+        state = _mix(state ^ (word & _MASK))
+    return state
+
+
+def _part(total: int, rank: int, world: int) -> range:
+    if not 0 <= rank < world:
+        raise ValueError(f"rank {rank} is outside a world of {world}")
+    return range(total * rank // world, total * (rank + 1) // world)
+
+
+def _permutation(length: int, key: int) -> NDArray[np.int64]:
+    """A permutation of range(length) drawn by `key`.
+
+    Not numpy's Generator, whose streams may change between releases: a sort of own hashes never does.
+    """
+    counters = np.arange(length, dtype=np.uint64)
+    return np.argsort(_mix(counters ^ np.uint64(key)), kind="stable")
+
+
+def _mix(word: _Word) -> _Word:
+    """One step of splitmix64 (Steele, Lea, Flood 2014): a bijection of 64-bit words that scatters them."""
+    word = (word + 0x9E3779B97F4A7C15) & _MASK
+    word = ((word ^ (word >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    word = ((word ^ (word >> 27)) * 0x94D049BB133111EB) & _MASK
+    return word ^ (word >> 31)

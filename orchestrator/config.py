@@ -1,0 +1,237 @@
+"""The schema of job files. A file is complete in itself; unknown keys are errors."""
+
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from data_pipeline.config import DataConfig
+from model.config import ModelConfig, Task
+from orchestrator.duration import Duration
+
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
+_VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
+
+
+def _expand(text: str) -> str:
+    """Replace ${NAME} and ${NAME:-default}, then ~; only paths may name variables."""
+
+    def value(match: re.Match[str]) -> str:
+        name, default = match.groups()
+        found = os.environ.get(name) or default
+        if found is None:
+            raise ValueError(f"the environment variable {name} is not set; export {name}=/a/path")
+        return found
+
+    expanded = _VARIABLE.sub(value, text)
+    if "://" in expanded:
+        raise ValueError("only local (or shared, mounted) directories are supported so far")
+    return str(Path(expanded).expanduser().absolute())
+
+
+LocalPath = Annotated[str, AfterValidator(_expand)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class StartFrom(_Section):
+    """Where a stage's weights come from, and how much of them is taken."""
+
+    checkpoint: str = Field(
+        description="name of an earlier stage, a checkpoint directory, or a .safetensors file"
+    )
+    take: Literal["backbone", "network"] | None = Field(
+        default=None,
+        description="None: the network when the earlier task is the same, else the backbone",
+    )
+
+
+class Sgd(_Section):
+    """Stochastic gradient descent with momentum (PyTorch's, which equals TensorFlow's here)."""
+
+    name: Literal["sgd"] = "sgd"
+    lr: Annotated[float, Field(gt=0)]
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    nesterov: bool = False
+    weight_decay: Annotated[float, Field(ge=0)] = 4e-5
+
+
+class Poly(_Section):
+    """lr * (1 - step / steps) ** power, after an optional linear warm-up."""
+
+    name: Literal["poly"]
+    power: Annotated[float, Field(gt=0)] = 0.9
+    warmup: Duration | None = None
+
+
+class StepExponential(_Section):
+    """lr * decay ** floor(step / every), after an optional linear warm-up."""
+
+    name: Literal["step_exponential"]
+    decay: Annotated[float, Field(gt=0, lt=1)] = 0.94
+    every: Duration = "2 epochs"
+    warmup: Duration | None = None
+
+
+class Evaluate(_Section):
+    """When and how the validation split is evaluated; the last step always is."""
+
+    every: Duration = "1 epochs"
+    output_stride: Literal[8, 16, 32] | None = Field(default=None, description="None: the model's")
+    batch: Annotated[int, Field(ge=1)] = 8
+
+
+class Checkpoints(_Section):
+    """When checkpoints are written (the last step always) and how many of the newest stay."""
+
+    every: Duration = "1 epochs"
+    keep: Annotated[int, Field(ge=1)] = 2
+
+
+class Cluster(_Section):
+    """What a stage asks of Ray."""
+
+    workers: Annotated[int, Field(ge=0)] | tuple[Annotated[int, Field(ge=1)], int] = Field(
+        default=1, description="a number, [min, max] (elastic), or 0: in this process, without Ray"
+    )
+    gpus_per_worker: Annotated[float, Field(ge=0)] = 0
+    cpus_per_worker: Annotated[int, Field(ge=1)] = 1
+    max_failures: Annotated[int, Field(ge=0)] = Field(
+        default=3, description="restarts after a lost worker before the stage fails"
+    )
+
+    @property
+    def min_workers(self) -> int:
+        """The smallest number of workers the stage runs on."""
+        return self.workers if isinstance(self.workers, int) else self.workers[0]
+
+    @property
+    def max_workers(self) -> int:
+        """The largest number of workers the stage runs on."""
+        return self.workers if isinstance(self.workers, int) else self.workers[1]
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "Cluster":
+        if self.min_workers > self.max_workers:
+            raise ValueError(f"workers: {list(self.workers)} is not [min, max]")  # type: ignore[arg-type]
+        return self
+
+
+class _Places(_Section):
+    storage: LocalPath = Field(
+        default="${ATROUS_STORAGE:-~/atrous}",
+        validate_default=True,
+        description="directory of runs, checkpoints and the embedded MLflow; shared by all nodes",
+    )
+    data_root: LocalPath | None = Field(
+        default=None, description="directory of prepared data sets; None: <storage>/data"
+    )
+
+    @property
+    def data_directory(self) -> Path:
+        """Where prepared data sets lie."""
+        return Path(self.data_root) if self.data_root else Path(self.storage) / "data"
+
+
+class StageSettings(_Section):
+    """One training run of one task on one data set from one starting point."""
+
+    name: Name
+    task: Task
+    start_from: StartFrom | None = Field(default=None, description="None: from scratch")
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    model: ModelConfig = ModelConfig()
+    data: DataConfig
+    optimizer: Sgd
+    schedule: Annotated[Poly | StepExponential, Field(discriminator="name")]
+    global_batch: Annotated[int, Field(ge=1)]
+    steps: Annotated[int, Field(ge=1)] | None = None
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto", description="auto: bfloat16 autocast on a GPU that has it, else float32"
+    )
+    evaluate: Evaluate = Evaluate()
+    checkpoint: Checkpoints = Checkpoints()
+    log_every: Duration = 20
+    cluster: Cluster = Cluster()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_start(cls, values: Any) -> Any:
+        if isinstance(values, dict) and isinstance(values.get("start_from"), str):
+            return values | {"start_from": {"checkpoint": values["start_from"]}}
+        return values
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "StageSettings":
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give exactly one of steps and epochs")
+        if self.global_batch < self.cluster.max_workers:
+            raise ValueError(
+                f"global_batch: {self.global_batch} is smaller than cluster.workers: "
+                f"{self.cluster.max_workers}; every worker needs a sample of each batch"
+            )
+        train = self.data.train
+        if self.task == "segmentation" and train.area is not None:
+            raise ValueError("data.train.area is for classification; segmentation uses scale")
+        if self.task != "segmentation" and train.scale is not None:
+            raise ValueError(f"data.train.scale is for segmentation; {self.task} uses area")
+        return self
+
+    @property
+    def duration(self) -> int | str:
+        """Length of the training."""
+        return self.steps if self.steps is not None else f"{self.epochs:g} epochs"
+
+
+class StageJob(_Places, StageSettings):
+    """A job file of `kind: stage`."""
+
+    kind: Literal["stage"]
+
+
+class Prepared(_Section):
+    """A data set that a pipeline prepares before its first stage, once."""
+
+    format: Literal["imagenet", "multilabel", "coco", "voc", "cityscapes"]
+    source: LocalPath | None = Field(default=None, description="directory in the original layout")
+    synthesize: dict[str, Any] | None = Field(
+        default=None, description="draw the source instead: options of `atrous data synthesize`"
+    )
+    splits: tuple[str, ...] | None = None
+    limit: Annotated[int, Field(ge=1)] | None = Field(
+        default=None, description="at most so many samples of each split (a seeded choice)"
+    )
+    on_broken: Literal["fail", "skip"] = "fail"
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "Prepared":
+        if (self.source is None) == (self.synthesize is None):
+            raise ValueError("give exactly one of source and synthesize")
+        return self
+
+
+class PipelineJob(_Places):
+    """A job file of `kind: pipeline`: a DAG of stages, linked by their start_from."""
+
+    kind: Literal["pipeline"]
+    name: Name
+    datasets: dict[Name, Prepared] = {}
+    stages: tuple[StageSettings, ...]
+
+    @model_validator(mode="after")
+    def _unique_names(self) -> "PipelineJob":
+        names = [stage.name for stage in self.stages]
+        if not names:
+            raise ValueError("stages: give at least one")
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"stages: the name {twice[0]!r} is used twice")
+        return self
+
+
+Job = StageJob | PipelineJob

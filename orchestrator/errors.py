@@ -1,0 +1,28 @@
+"""Errors of the orchestrator.
+
+AtrousError
+├── JobFileError       a job file (or an override) is not valid
+├── CheckpointError    a checkpoint is missing, damaged, or does not fit
+├── RunError           a run cannot start: owned by someone, impossible on this cluster
+└── StageFailed        training ended with an error
+"""
+
+
+class AtrousError(Exception):
+    """Base of the errors a user can act on: the message says where, what and the cure."""
+
+
+class JobFileError(AtrousError):
+    """A job file is not valid."""
+
+
+class CheckpointError(AtrousError):
+    """A checkpoint is missing, damaged, or does not fit the network."""
+
+
+class RunError(AtrousError):
+    """A run cannot start."""
+
+
+class StageFailed(AtrousError):
+    """Training of a stage ended with an error."""

@@ -1,0 +1,223 @@
+"""Where a stage's weights come from: resolved to one checkpoint with its digest, then handed over.
+
+The order a worker follows (see `orchestrator.worker`): the run's own newest valid checkpoint, the
+checkpoint that start_from names, random initialisation.
+"""
+
+import difflib
+import json
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from orchestrator.checkpoint import WEIGHTS, newest_checkpoint, read_checkpoint
+from orchestrator.config import StageSettings, StartFrom
+from orchestrator.errors import CheckpointError
+from orchestrator.files import sha256
+from orchestrator.runs import all_runs
+
+if TYPE_CHECKING:
+    import torch
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """A resolved start_from: immutable, recorded in the run, its fingerprint and its checkpoints."""
+
+    weights: str  # path of the safetensors file
+    digest: str  # sha256 of that file
+    take: Literal["backbone", "network"]
+    stage: str | None = None
+    step: int | None = None
+    fingerprint: str | None = None
+    class_names: tuple[str, ...] | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """For run.json and state.json."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HandOver:
+    """Which tensors a network takes from a checkpoint."""
+
+    taken: Mapping[str, str]  # name in the network -> name in the checkpoint
+    left_out: tuple[str, ...]  # in the checkpoint, not taken
+    fresh: tuple[str, ...]  # in the network, stay initialised
+
+    @property
+    def renamed(self) -> dict[str, str]:
+        """Taken tensors whose name differs, network name -> checkpoint name."""
+        return {name: source for name, source in self.taken.items() if name != source}
+
+    def report(self) -> str:
+        """One line, with the tops of the names."""
+        return (
+            f"{len(self.taken)} tensors taken ({_tops(self.taken)}), {len(self.renamed)} renamed, "
+            f"{len(self.left_out)} left out ({_tops(self.left_out)}), "
+            f"{len(self.fresh)} initialised ({_tops(self.fresh)})"
+        )
+
+
+def _tops(names: Mapping[str, str] | Sequence[str]) -> str:
+    return ", ".join(sorted({name.split(".")[0] for name in names})) or "-"
+
+
+def resolve_start(stage: StageSettings, storage: Path) -> Start | None:
+    """The checkpoint a stage starts from, or None for random initialisation.
+
+    Raises:
+        CheckpointError: nothing of that name, not finished, or damaged.
+    """
+    wanted = stage.start_from
+    if wanted is None:
+        return None
+    path = Path(wanted.checkpoint).expanduser()
+    if path.suffix == ".safetensors" or path.is_dir() or "/" in wanted.checkpoint:
+        return _from_path(path.absolute(), wanted)
+    return _from_stage(stage, wanted, storage)
+
+
+def _from_path(path: Path, wanted: StartFrom) -> Start:
+    if path.suffix == ".safetensors":
+        if not path.is_file():
+            raise CheckpointError(f"start_from: {path}: no such file")
+        return Start(weights=str(path), digest=sha256(path), take=wanted.take or "backbone")
+    checkpoint = read_checkpoint(path) if (path / WEIGHTS).exists() else newest_checkpoint(path)
+    if checkpoint is None:
+        raise CheckpointError(f"start_from: {path}: holds no valid checkpoint")
+    return _start(checkpoint.path, checkpoint.digest, checkpoint.state, wanted, None)
+
+
+def _from_stage(stage: StageSettings, wanted: StartFrom, storage: Path) -> Start:
+    """The last checkpoint of the newest finished run of an earlier stage."""
+    known = {}
+    for run in reversed(all_runs(storage)):
+        record = run.read()
+        if record.get("status") == "finished":
+            known[record["stage"]] = run
+    if wanted.checkpoint not in known:
+        near = difflib.get_close_matches(wanted.checkpoint, known, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else "; run its job file first"
+        raise CheckpointError(
+            f"start_from: {wanted.checkpoint!r}: no finished run of that stage under {storage}{hint}"
+        )
+    checkpoint = newest_checkpoint(known[wanted.checkpoint].checkpoints)
+    if checkpoint is None:
+        raise CheckpointError(f"start_from: {wanted.checkpoint!r}: its checkpoints are gone or damaged")
+    return _start(checkpoint.path, checkpoint.digest, checkpoint.state, wanted, stage.task)
+
+
+def _start(
+    path: Path, digest: str, state: Mapping[str, Any], wanted: StartFrom, task: str | None
+) -> Start:
+    same_task = task is None or state["task"] == task
+    return Start(
+        weights=str(path / WEIGHTS),
+        digest=digest,
+        take=wanted.take or ("network" if same_task else "backbone"),
+        stage=state["stage"],
+        step=state["step"],
+        fingerprint=state["fingerprint"],
+        class_names=tuple(state["class_names"]),
+    )
+
+
+def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes in a safetensors file, from its header alone.
+
+    Raises:
+        CheckpointError: not a safetensors file.
+    """
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > 100_000_000:
+                raise ValueError("header too long")
+            header = json.loads(file.read(length))
+        return {k: tuple(v["shape"]) for k, v in header.items() if k != "__metadata__"}
+    except (OSError, struct.error, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: not a safetensors file ({error})") from None
+
+
+def plan_hand_over(
+    network: Shapes, checkpoint: Shapes, start: Start, class_names: Sequence[str]
+) -> HandOver:
+    """Decide which tensors a network takes: the backbone, or everything but foreign class layers.
+
+    Layers whose rows are classes (logits, classifier) are taken only if the class names are the same.
+    A part that is wanted must fit as a whole.
+
+    Raises:
+        CheckpointError: a wanted tensor is missing or of another shape, or nothing fits.
+    """
+    same_classes = start.class_names is not None and start.class_names == tuple(class_names)
+    class_layers = () if same_classes else ("logits.", "classifier.")
+    parts = ("backbone.",) if start.take == "backbone" else ("",)
+    source_of = _match_names(network, checkpoint)
+    wanted = [n for n in network if n.startswith(parts) and not n.startswith(class_layers or ("\0",))]
+    taken = {name: source_of[name] for name in wanted if name in source_of}
+    if not taken:
+        raise CheckpointError(
+            f"{start.weights}: nothing fits: it has {_tops(list(checkpoint))}, "
+            f"the network has {_tops(list(network))}"
+        )
+    wrong = [
+        f"{name}: {'missing' if name not in taken else f'{checkpoint[taken[name]]} there'}, "
+        f"{network[name]} here"
+        for name in wanted
+        if name not in taken or checkpoint[taken[name]] != network[name]
+    ]
+    if wrong:
+        cure = "; start_from: {take: backbone} takes less" if start.take == "network" else ""
+        raise CheckpointError(
+            f"{start.weights} does not fit the model: {len(wrong)} of {len(wanted)} tensors differ, "
+            f"such as {'; '.join(wrong[:3])}{cure}"
+        )
+    used = set(taken.values())
+    return HandOver(
+        taken=taken,
+        left_out=tuple(name for name in checkpoint if name not in used),
+        fresh=tuple(name for name in network if name not in taken),
+    )
+
+
+def _match_names(network: Shapes, checkpoint: Shapes) -> dict[str, str]:
+    """Network name -> checkpoint name, under the renaming that matches most names.
+
+    Foreign files may carry the wrappers of DDP or torch.compile, or be a bare backbone.
+    """
+    renamings = [
+        {name: name for name in checkpoint},
+        {name.removeprefix("module."): name for name in checkpoint},
+        {name.removeprefix("_orig_mod."): name for name in checkpoint},
+        {f"backbone.{name}": name for name in checkpoint},
+    ]
+    best = max(renamings, key=lambda names: len(names.keys() & network.keys()))
+    return {name: best[name] for name in network if name in best}
+
+
+def apply_hand_over(network: "torch.nn.Module", start: Start, class_names: Sequence[str]) -> HandOver:
+    """Load the planned tensors into `network`, after checking the file's digest.
+
+    Raises:
+        CheckpointError: the file changed since it was resolved, or does not fit.
+    """
+    from safetensors.torch import load_file
+
+    if sha256(Path(start.weights)) != start.digest:
+        raise CheckpointError(f"{start.weights}: changed since the run was planned; start it again")
+    source = load_file(start.weights)
+    own = network.state_dict()
+    plan = plan_hand_over(
+        {name: tuple(tensor.shape) for name, tensor in own.items()},
+        {name: tuple(tensor.shape) for name, tensor in source.items()},
+        start,
+        class_names,
+    )
+    network.load_state_dict({name: source[key] for name, key in plan.taken.items()}, strict=False)
+    return plan
