@@ -1,0 +1,1 @@
+"""Job files to runs: configuration, stages, pipelines, tracking, the command line."""

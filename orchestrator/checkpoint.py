@@ -2,7 +2,7 @@
 
 model.safetensors   weights and buffers of the network
 optimizer.pt        optimizer state, loadable with weights_only=True
-state.json          stage, step, seed, fingerprint, metrics, parents, versions: see `orchestrator.worker`
+state.json          stage, step, seed, fingerprint, metrics, parents, versions (orchestrator.worker)
 manifest.json       sha256 and size of each file above, written last
 """
 
@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-WEIGHTS, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.pt", "state.json", "manifest.json"
+WEIGHTS, OPTIMIZER, STATE, MANIFEST = (
+    "model.safetensors",
+    "optimizer.pt",
+    "state.json",
+    "manifest.json",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +86,10 @@ def save_checkpoint(
     files = {}
     for name in (WEIGHTS, OPTIMIZER, STATE):
         sync(temporary / name)
-        files[name] = {"sha256": sha256(temporary / name), "size": (temporary / name).stat().st_size}
+        files[name] = {
+            "sha256": sha256(temporary / name),
+            "size": (temporary / name).stat().st_size,
+        }
     write_json(temporary / MANIFEST, {"files": files})
     if final.exists():  # a damaged or superseded one of an earlier attempt
         shutil.rmtree(final)
@@ -98,7 +106,9 @@ def read_checkpoint(path: Path, *, verify: bool = True) -> Checkpoint:
     """
     manifest = _read(path / MANIFEST)
     if manifest is None:
-        raise CheckpointError(f"{path}: not a checkpoint (no {MANIFEST}, so it was never completed)")
+        raise CheckpointError(
+            f"{path}: not a checkpoint (no {MANIFEST}, so it was never completed)"
+        )
     for name, expected in manifest["files"].items():
         file = path / name
         size = file.stat().st_size if file.exists() else None
@@ -144,11 +154,3 @@ def prune_checkpoints(directory: Path, keep: int) -> None:
             shutil.rmtree(path)
     for path in directory.glob(".step-*.tmp"):
         shutil.rmtree(path, ignore_errors=True)
-
-
-def open_network(path: Path, build: "Callable[[Mapping[str, Any]], torch.nn.Module]") -> "torch.nn.Module":
-    """The network of a checkpoint in evaluation mode; `build` makes it from the checkpoint's state."""
-    checkpoint = read_checkpoint(path)
-    network = build(checkpoint.state)
-    network.load_state_dict(checkpoint.weights())
-    return network.eval()

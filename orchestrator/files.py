@@ -35,7 +35,6 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-
 def sha256(path: Path) -> str:
     """Hex digest of a file."""
     with path.open("rb") as file:

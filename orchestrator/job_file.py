@@ -1,4 +1,4 @@
-"""Reading job files: YAML to a validated job, or an error that names file, field, value and cure."""
+"""Job files: YAML to a validated job, or an error that names file, field, value and cure."""
 
 import difflib
 from pathlib import Path
@@ -102,7 +102,11 @@ def _apply(raw: dict[str, Any], override: str) -> None:
 
 
 def _child(target: Any, name: str, override: str) -> Any:
-    child = target[_index(target, name, override)] if isinstance(target, list) else target.setdefault(name, {})
+    child = (
+        target[_index(target, name, override)]
+        if isinstance(target, list)
+        else target.setdefault(name, {})
+    )
     if not isinstance(child, dict | list):
         raise JobFileError(f"--set {override}: {name} is {child!r}, not a section")
     return child
@@ -141,9 +145,13 @@ def _is_in(raw: Any, location: tuple[Any, ...], part: Any) -> bool:
     """Whether `part` of a pydantic location is a key of the file, not the name of a union's arm."""
     value = raw
     for name in location[: location.index(part)]:
-        if isinstance(value, dict) and name in value or isinstance(value, list) and isinstance(name, int):
+        if (isinstance(value, dict) and name in value) or (
+            isinstance(value, list) and isinstance(name, int)
+        ):
             value = value[name]
-    return isinstance(value, dict) and part in value or isinstance(value, list) and isinstance(part, int)
+    return (isinstance(value, dict) and part in value) or (
+        isinstance(value, list) and isinstance(part, int)
+    )
 
 
 def _dotted(raw: Any, location: tuple[Any, ...]) -> str:

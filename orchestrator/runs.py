@@ -58,7 +58,7 @@ class Run:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Own the run: a second driver is refused. The kernel frees it with the process, however it dies.
+        """Own the run; the kernel gives it up with the process, however that dies.
 
         Raises:
             RunError: another process drives this run.
@@ -70,7 +70,9 @@ class Run:
             except BlockingIOError:
                 file.seek(0)
                 owner = file.read().strip() or "another process"
-                raise RunError(f"{self.path.name} is being trained by {owner}; wait for it or stop it") from None
+                raise RunError(
+                    f"{self.path.name} is being trained by {owner}; wait for it or stop it"
+                ) from None
             file.truncate(0)
             file.write(f"process {os.getpid()} on {os.uname().nodename}\n")
             file.flush()

@@ -26,7 +26,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """A resolved start_from: immutable, recorded in the run, its fingerprint and its checkpoints."""
+    """A resolved start_from: recorded in the run, its fingerprint and its checkpoints."""
 
     weights: str  # path of the safetensors file
     digest: str  # sha256 of that file
@@ -39,6 +39,12 @@ class Start:
     def as_json(self) -> dict[str, Any]:
         """For run.json and state.json."""
         return asdict(self)
+
+    @staticmethod
+    def from_json(record: Mapping[str, Any]) -> "Start":
+        """Back from `as_json`."""
+        names = record["class_names"]
+        return Start(**{**record, "class_names": tuple(names) if names is not None else None})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,11 +110,13 @@ def _from_stage(stage: StageSettings, wanted: StartFrom, storage: Path) -> Start
         near = difflib.get_close_matches(wanted.checkpoint, known, 1)
         hint = f"; did you mean {near[0]!r}?" if near else "; run its job file first"
         raise CheckpointError(
-            f"start_from: {wanted.checkpoint!r}: no finished run of that stage under {storage}{hint}"
+            f"start_from: {wanted.checkpoint!r}: no finished run of it under {storage}{hint}"
         )
     checkpoint = newest_checkpoint(known[wanted.checkpoint].checkpoints)
     if checkpoint is None:
-        raise CheckpointError(f"start_from: {wanted.checkpoint!r}: its checkpoints are gone or damaged")
+        raise CheckpointError(
+            f"start_from: {wanted.checkpoint!r}: its checkpoints are gone or damaged"
+        )
     return _start(checkpoint.path, checkpoint.digest, checkpoint.state, wanted, stage.task)
 
 
@@ -149,7 +157,7 @@ def plan_hand_over(
 ) -> HandOver:
     """Decide which tensors a network takes: the backbone, or everything but foreign class layers.
 
-    Layers whose rows are classes (logits, classifier) are taken only if the class names are the same.
+    Layers whose rows are classes (logits, classifier) are taken only where class names are equal.
     A part that is wanted must fit as a whole.
 
     Raises:
@@ -159,7 +167,9 @@ def plan_hand_over(
     class_layers = () if same_classes else ("logits.", "classifier.")
     parts = ("backbone.",) if start.take == "backbone" else ("",)
     source_of = _match_names(network, checkpoint)
-    wanted = [n for n in network if n.startswith(parts) and not n.startswith(class_layers or ("\0",))]
+    wanted = [
+        n for n in network if n.startswith(parts) and not n.startswith(class_layers or ("\0",))
+    ]
     taken = {name: source_of[name] for name in wanted if name in source_of}
     if not taken:
         raise CheckpointError(
@@ -175,7 +185,7 @@ def plan_hand_over(
     if wrong:
         cure = "; start_from: {take: backbone} takes less" if start.take == "network" else ""
         raise CheckpointError(
-            f"{start.weights} does not fit the model: {len(wrong)} of {len(wanted)} tensors differ, "
+            f"{start.weights} does not fit: {len(wrong)} of {len(wanted)} tensors differ, "
             f"such as {'; '.join(wrong[:3])}{cure}"
         )
     used = set(taken.values())
@@ -201,7 +211,9 @@ def _match_names(network: Shapes, checkpoint: Shapes) -> dict[str, str]:
     return {name: best[name] for name in network if name in best}
 
 
-def apply_hand_over(network: "torch.nn.Module", start: Start, class_names: Sequence[str]) -> HandOver:
+def apply_hand_over(
+    network: "torch.nn.Module", start: Start, class_names: Sequence[str]
+) -> HandOver:
     """Load the planned tensors into `network`, after checking the file's digest.
 
     Raises:

@@ -1,0 +1,76 @@
+"""The Ray cluster a job runs on: the one it was submitted to, or one of its own on this machine."""
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from orchestrator.config import Cluster
+from orchestrator.errors import RunError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resources:
+    """CPUs and GPUs."""
+
+    cpus: float
+    gpus: float
+
+    def __sub__(self, other: "Resources") -> "Resources":
+        return Resources(cpus=self.cpus - other.cpus, gpus=self.gpus - other.gpus)
+
+    def covers(self, other: "Resources") -> bool:
+        """Whether `other` fits in."""
+        return self.cpus >= other.cpus and self.gpus >= other.gpus
+
+    def __str__(self) -> str:
+        gpus = f" and {self.gpus:g} GPUs" if self.gpus else ""
+        return f"{self.cpus:g} CPUs{gpus}"
+
+
+def needed(cluster: Cluster) -> Resources:
+    """The least a stage starts with."""
+    workers = cluster.min_workers
+    return Resources(cpus=workers * cluster.cpus_per_worker, gpus=workers * cluster.gpus_per_worker)
+
+
+def connect() -> tuple[Any, bool]:
+    """Connect to the cluster in RAY_ADDRESS (set in every Ray job), else start one here.
+
+    Our own cluster runs without a token: with one, Ray would leave a token file in the home
+    directory that changes how every later `ray start` and `ray job submit` behaves.
+
+    Returns:
+        The ray module, and whether the cluster is ours (it then ends with this process).
+    """
+    ours = not os.environ.get("RAY_ADDRESS")
+    if ours:
+        os.environ["RAY_AUTH_MODE"] = "disabled"
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    import ray
+
+    if not ray.is_initialized():
+        if ours:
+            ray.init(address="local", include_dashboard=False, log_to_driver=False)
+        else:
+            ray.init(log_to_driver=False)
+    return ray, ours
+
+
+def resources(ray: Any) -> Resources:
+    """What the cluster has in all."""
+    total = ray.cluster_resources()
+    return Resources(cpus=total.get("CPU", 0), gpus=total.get("GPU", 0))
+
+
+def check_fits(stage: str, cluster: Cluster, available: Resources) -> None:
+    """Refuse a stage that a cluster of fixed size can never run.
+
+    Raises:
+        RunError: names what is missing and the cure.
+    """
+    need = needed(cluster)
+    if not available.covers(need):
+        raise RunError(
+            f"{stage}: cluster: {cluster.min_workers} workers need {need}, this machine has "
+            f"{available}; lower cluster.workers or gpus_per_worker, or submit to a larger cluster"
+        )

@@ -1,0 +1,30 @@
+"""What run records and checkpoints say of data and versions."""
+
+import platform
+from importlib.metadata import version
+from typing import Any
+
+from data_pipeline.dataset import Dataset
+
+
+def data_record(split: Dataset) -> dict[str, Any]:
+    """Identity and origin of a split."""
+    manifest = split.manifest
+    return {
+        "dataset": manifest.dataset,
+        "split": manifest.split,
+        "digest": manifest.digest,
+        "num_samples": manifest.num_samples,
+        "manifest": str(manifest.path),
+        "source": manifest.source.get("path"),
+        "format": manifest.source.get("format"),
+        "skipped": manifest.source.get("skipped", 0),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions that a result may depend on."""
+    packages = ("atrous", "torch", "ray", "mlflow", "timm", "numpy")
+    return {"python": platform.python_version(), "machine": platform.machine()} | {
+        package: version(package) for package in packages
+    }

@@ -1,0 +1,212 @@
+"""What a person sees while a job runs, and the table at its end."""
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
+from rich.table import Table
+
+from orchestrator.config import Job, PipelineJob, StageSettings
+from orchestrator.files import read_json
+from orchestrator.runs import read_journal
+from orchestrator.stage import PlannedStage, StageResult
+from orchestrator.tracking import run_link, tracking_uri, ui_command
+
+HEADLINE = {
+    "segmentation": "val/miou",
+    "classification": "val/top1",
+    "multilabel": "val/mean_average_precision",
+}
+_LINE_EVERY = 10.0  # seconds between lines of a stage where there is no terminal
+
+
+class Display:
+    """Progress bars on a terminal, lines elsewhere (a Ray job's log, CI)."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=30),
+            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+            TextColumn("{task.fields[detail]}"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._tasks: dict[str, TaskID] = {}
+        self._seen: dict[str, int] = {}
+        self._spoken: dict[str, float] = {}
+
+    def __enter__(self) -> "Display":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def say(self, text: str) -> None:
+        """One line above the bars."""
+        self._progress.console.print(text, highlight=False, soft_wrap=True)
+
+    @contextmanager
+    def preparing(self, name: str) -> Iterator[Callable[[str, int, int], None]]:
+        """Progress of a data set: the callable takes (split, done, total)."""
+        task = self._progress.add_task(f"data {name}", total=1, detail="")
+        began = time.monotonic()
+        counts: dict[str, int] = {}
+
+        def progress(split: str, done: int, total: int) -> None:
+            counts[split] = total
+            self._progress.update(task, completed=done, total=max(total, 1), detail=split)
+
+        yield progress
+        self._progress.remove_task(task)
+        splits = ", ".join(f"{split} {count}" for split, count in counts.items()) or "there already"
+        self.say(f"data {name}: {splits} ({time.monotonic() - began:.0f} s)")
+
+    def started(self, planned: PlannedStage) -> None:
+        """A stage begins or goes on."""
+        stage = planned.stage
+        workers = stage.cluster.workers or "this process"
+        self.say(
+            f"{stage.name}: {planned.steps} steps of {stage.global_batch} on "
+            f"{planned.train.num_samples} samples, workers: {workers}, run {planned.run.path}"
+        )
+        if planned.start and planned.hand_over:
+            self.say(
+                f"{stage.name}: starts from {planned.start.stage or planned.start.weights} "
+                f"(sha256 {planned.start.digest[:12]}): {planned.hand_over.report()}"
+            )
+        self._seen[stage.name] = 0
+        self._tasks[stage.name] = self._progress.add_task(
+            stage.name, total=planned.steps, detail="starting workers"
+        )
+
+    def update(self, running: Sequence[PlannedStage]) -> None:
+        """Show what the journals of the running stages say by now."""
+        for planned in running:
+            name = planned.stage.name
+            records = read_journal(planned.run.journal, after=self._seen.get(name, 0))
+            if not records:
+                continue
+            last = records[-1]
+            self._seen[name] = last["step"]
+            metrics = {key: value for record in records for key, value in record["metrics"].items()}
+            detail = _detail(planned, last["step"], metrics)
+            self._progress.update(self._tasks[name], completed=last["step"], detail=detail)
+            self._speak(name, f"{name}: step {last['step']}/{planned.steps} {detail}", metrics)
+
+    def _speak(self, name: str, line: str, metrics: dict[str, float]) -> None:
+        """Without a terminal: a line now and then, and at every evaluation."""
+        if self._console.is_terminal:
+            return
+        now = time.monotonic()
+        evaluated = any(key.startswith("val/") for key in metrics)
+        if evaluated or now - self._spoken.get(name, 0) > _LINE_EVERY:
+            self._spoken[name] = now
+            self.say(line)
+
+    def finished(self, result: StageResult) -> None:
+        """A stage is done, now or before."""
+        if result.name in self._tasks:
+            self._progress.remove_task(self._tasks.pop(result.name))
+        how = "was done before, not run again" if result.reused else "done"
+        self.say(f"{result.name}: {how}: {headline(result)}, checkpoint {result.checkpoint.path}")
+
+    def failed(self, name: str, reason: str) -> None:
+        """A stage failed."""
+        self._progress.remove_task(self._tasks.pop(name))
+        self.say(f"[red]{name}: failed:[/red] {reason}")
+
+
+def _detail(planned: PlannedStage, step: int, metrics: dict[str, float]) -> str:
+    parts = []
+    if "train/loss" in metrics:
+        speed = metrics["train/images_per_second"]
+        left = (planned.steps - step) * planned.stage.global_batch / max(speed, 1e-9)
+        parts += [f"loss {metrics['train/loss']:.3f}", f"{speed:.0f} images/s"]
+        parts += [f"{left / 60:.1f} min left"] if step < planned.steps else []
+    name = HEADLINE[planned.stage.task]
+    if name in metrics:
+        parts.append(f"{name} {metrics[name]:.4f}")
+    return ", ".join(parts)
+
+
+def headline(result: StageResult) -> str:
+    """The metric a task is judged by."""
+    name = HEADLINE[result.checkpoint.state["task"]]
+    return f"{name} {result.metrics[name]:.4f}"
+
+
+def result_table(results: Sequence[StageResult], storage: Path) -> list[Any]:
+    """Stage, metric, origin, checkpoint and MLflow run of every stage, and how to open MLflow."""
+    table = Table(title="Stages", title_justify="left", show_lines=True)
+    for column in (
+        "stage",
+        "metric",
+        "started from",
+        "checkpoint (sha256 of the weights)",
+        "MLflow run",
+    ):
+        table.add_column(column, overflow="fold")
+    uri = tracking_uri(storage)
+    for result in results:
+        start = result.start
+        origin = f"{start.stage or start.weights} @ {start.digest[:12]}" if start else "scratch"
+        record = read_json(result.run.tracking)
+        link = run_link(uri, record) if record else "not yet sent"
+        path = result.checkpoint.path.relative_to(storage)
+        table.add_row(
+            result.name, headline(result), origin, f"{path} ({result.checkpoint.digest[:12]})", link
+        )
+    command = ui_command(uri)
+    how = f"Open MLflow: {command}" if command else f"MLflow: {uri}"
+    return [table, f"Storage: {storage}", how, "Chain of a stage: atrous lineage STAGE"]
+
+
+def summary(job: Job) -> Table:
+    """What a job file asks for, for --dry-run."""
+    stages: Sequence[StageSettings] = job.stages if isinstance(job, PipelineJob) else (job,)
+    table = Table(title=f"{job.kind} {job.name}", title_justify="left")
+    for column in (
+        "stage",
+        "task",
+        "backbone",
+        "data",
+        "starts from",
+        "length",
+        "batch",
+        "lr",
+        "workers",
+    ):
+        table.add_column(column, overflow="fold")
+    for stage in stages:
+        table.add_row(
+            stage.name,
+            stage.task,
+            stage.model.backbone,
+            f"{stage.data.train.dataset}/{stage.data.train.split}",
+            stage.start_from.checkpoint if stage.start_from else "scratch",
+            f"{stage.duration} steps" if stage.steps else str(stage.duration),
+            str(stage.global_batch),
+            f"{stage.optimizer.lr:g}",
+            str(stage.cluster.workers),
+        )
+    return table
+
+
+def show_log(console: Console) -> None:
+    """Warnings of our own packages, in lines."""
+    from rich.logging import RichHandler
+
+    handler = RichHandler(console=console, show_time=False, show_path=False, markup=False)
+    for name in ("orchestrator", "data_pipeline", "model"):
+        logger = logging.getLogger(name)
+        logger.setLevel(logging.WARNING)
+        logger.addHandler(handler)

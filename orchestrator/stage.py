@@ -1,0 +1,253 @@
+"""One stage on the driver's side: plan it, then train it with Ray Train."""
+
+import time
+import traceback
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.dataset import Dataset, open_dataset
+from data_pipeline.plan import Plan
+from orchestrator.checkpoint import Checkpoint, newest_checkpoint
+from orchestrator.config import StageSettings
+from orchestrator.duration import to_steps
+from orchestrator.errors import RunError, StageFailed
+from orchestrator.files import digest
+from orchestrator.record import data_record
+from orchestrator.runs import Run, run_directory
+from orchestrator.start import HandOver, Start, plan_hand_over, read_shapes, resolve_start
+
+# Fields that say where and how watchfully a stage runs, not what comes out of it.
+_NOT_IN_FINGERPRINT: dict[str, Any] = {
+    "name": True,
+    "start_from": True,
+    "cluster": True,
+    "checkpoint": True,
+    "log_every": True,
+    "data": {"threads": True, "prefetch": True},
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedStage:
+    """A stage whose data and starting point are resolved and checked."""
+
+    stage: StageSettings
+    data_directory: Path
+    train: Dataset
+    val: Dataset
+    start: Start | None
+    hand_over: HandOver | None
+    steps: int
+    fingerprint: str
+    run: Run
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageResult:
+    """A finished stage."""
+
+    name: str
+    run: Run
+    checkpoint: Checkpoint
+    start: Start | None
+    reused: bool
+
+    @cached_property
+    def metrics(self) -> dict[str, float]:
+        """Metrics of the last evaluation."""
+        return dict(self.checkpoint.state["metrics"])
+
+
+def plan_stage(stage: StageSettings, storage: Path, data_directory: Path) -> PlannedStage:
+    """Resolve a stage's data and starting point, check that they fit, and name its run.
+
+    Raises:
+        DataError, CheckpointError, RunError: say what is wrong and the cure.
+    """
+    train = open_dataset(data_directory, stage.data.train.dataset, stage.data.train.split)
+    val = open_dataset(data_directory, stage.data.val.dataset, stage.data.val.split)
+    _check_data(stage, train, val)
+    start = resolve_start(stage, storage)
+    hand_over = _check_hand_over(stage, start, train) if start else None
+    fingerprint = digest(
+        {
+            "stage": stage.model_dump(mode="json", exclude=_NOT_IN_FINGERPRINT),
+            "train": train.manifest.digest,
+            "val": val.manifest.digest,
+            "start": [start.digest, start.take] if start else None,
+        }
+    )
+    plan = Plan(
+        shard_samples=[shard.num_samples for shard in train.manifest.shards],
+        block_size=stage.data.train.block_size,
+        seed=stage.seed,
+        global_batch=stage.global_batch,
+    )
+    return PlannedStage(
+        stage=stage,
+        data_directory=data_directory,
+        train=train,
+        val=val,
+        start=start,
+        hand_over=hand_over,
+        steps=to_steps(stage.duration, plan.steps_per_epoch),
+        fingerprint=fingerprint,
+        run=run_directory(storage, stage.name, fingerprint),
+    )
+
+
+def _check_data(stage: StageSettings, train: Dataset, val: Dataset) -> None:
+    for split in (train, val):
+        manifest = split.manifest
+        if manifest.task != stage.task:
+            raise RunError(
+                f"{stage.name}: task: {stage.task!r}, but {manifest.dataset}/{manifest.split} "
+                f"is a data set of {manifest.task}"
+            )
+    if train.manifest.class_names != val.manifest.class_names:
+        raise RunError(
+            f"{stage.name}: data: train has {len(train.manifest.class_names)} classes, val has "
+            f"{len(val.manifest.class_names)}, or their names differ; prepare both from one source"
+        )
+    if stage.task != "segmentation":
+        return
+    per_worker = stage.global_batch // max(1, stage.cluster.max_workers)
+    pooled = stage.model.image_level_features and not stage.model.batch_norm.frozen
+    if pooled and per_worker < 2:
+        raise RunError(
+            f"{stage.name}: global_batch: {stage.global_batch} over {stage.cluster.max_workers} "
+            "workers leaves one image to a worker, and batch normalisation of the image-level "
+            "features needs two; raise global_batch, lower cluster.workers, or set "
+            "model.batch_norm.frozen"
+        )
+    crop = stage.data.val.crop
+    if crop is not None:
+        height, width = (crop, crop) if isinstance(crop, int) else crop
+        largest = val.largest_size()
+        if height < largest[0] or width < largest[1]:
+            raise RunError(
+                f"{stage.name}: data.val.crop: {[height, width]} is smaller than the largest image "
+                f"{list(largest)} (height, width); images are never cut: raise it to that"
+            )
+
+
+def _check_hand_over(stage: StageSettings, start: Start, train: Dataset) -> HandOver:
+    """Compare every tensor's shape, on a network without memory, before any worker starts."""
+    import torch
+
+    from model.build import build_network
+
+    names = train.manifest.class_names
+    with torch.device("meta"):
+        network = build_network(stage.model, stage.task, len(names))
+    shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    return plan_hand_over(shapes, read_shapes(Path(start.weights)), start, names)
+
+
+def finished_result(planned: PlannedStage) -> StageResult | None:
+    """The result of an earlier run with the same fingerprint, if it finished and is still whole."""
+    if not planned.run.finished:
+        return None
+    checkpoint = newest_checkpoint(planned.run.checkpoints)
+    if checkpoint is None or checkpoint.step != planned.steps:
+        return None
+    return _result(planned, checkpoint, reused=True)
+
+
+def _result(planned: PlannedStage, checkpoint: Checkpoint, *, reused: bool) -> StageResult:
+    return StageResult(
+        name=planned.stage.name,
+        run=planned.run,
+        checkpoint=checkpoint,
+        start=planned.start,
+        reused=reused,
+    )
+
+
+def open_run(planned: PlannedStage) -> None:
+    """Write the record of a run that starts or goes on; the caller holds its lock."""
+    record = planned.run.read()
+    planned.run.update(
+        name=planned.stage.name,
+        stage=planned.stage.name,
+        fingerprint=planned.fingerprint,
+        status="running",
+        created=record.get("created", time.time()),
+        attempts=record.get("attempts", 0) + 1,
+        steps=planned.steps,
+        job=planned.stage.model_dump(mode="json"),
+        start=planned.start.as_json() if planned.start else None,
+        hand_over=asdict(planned.hand_over) if planned.hand_over else None,
+        data={"train": data_record(planned.train), "val": data_record(planned.val)},
+    )
+
+
+def train_stage(planned: PlannedStage) -> StageResult:
+    """Train an opened run to its end with Ray Train.
+
+    Raises:
+        StageFailed: training ended with an error; the run directory holds the whole traceback.
+    """
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+    from ray.train.v2.api.config import LoggingConfig
+
+    from orchestrator.worker import Assignment, train_worker
+
+    stage, run = planned.stage, planned.run
+    cluster = stage.cluster
+    assignment = Assignment(
+        stage=stage.model_dump(mode="json"),
+        run=str(run.path),
+        data_directory=str(planned.data_directory),
+        fingerprint=planned.fingerprint,
+        start=planned.start.as_json() if planned.start else None,
+    )
+    workers = cluster.workers
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config=asdict(assignment),
+        scaling_config=ScalingConfig(
+            num_workers=workers if isinstance(workers, int) else tuple(workers),
+            use_gpu=cluster.gpus_per_worker > 0,
+            resources_per_worker={"CPU": cluster.cpus_per_worker}
+            | ({"GPU": cluster.gpus_per_worker} if cluster.gpus_per_worker else {}),
+        ),
+        run_config=RunConfig(
+            name=f"attempt-{run.read()['attempts']:03d}",
+            storage_path=str(run.path / "ray"),
+            failure_config=FailureConfig(max_failures=cluster.max_failures),
+            logging_config=LoggingConfig(log_level="WARNING"),
+        ),
+    )
+    try:
+        trainer.fit()
+        checkpoint = newest_checkpoint(run.checkpoints)
+        if checkpoint is None or checkpoint.step != planned.steps:
+            raise RuntimeError(f"no valid checkpoint of step {planned.steps} in {run.checkpoints}")
+    except Exception as error:
+        (run.path / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
+        run.update(status="failed", error=cause(error))
+        raise StageFailed(
+            f"{stage.name}: {cause(error)} (all of it: {run.path / 'error.txt'})"
+        ) from error
+    run.update(
+        status="finished",
+        checkpoint=str(checkpoint.path.relative_to(run.path)),
+        digest=checkpoint.digest,
+        metrics=checkpoint.state["metrics"],
+    )
+    return _result(planned, checkpoint, reused=False)
+
+
+def cause(error: BaseException) -> str:
+    """The first worker's own error in one line, or the error itself."""
+    failures = getattr(error, "worker_failures", None)
+    if failures:
+        rank, failure = min(failures.items())
+        return f"worker {rank}: {cause(failure)}"
+    text = str(error).strip()
+    lines = [line for line in text.splitlines() if line.strip()]
+    return lines[-1].strip() if lines else type(error).__name__

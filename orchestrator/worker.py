@@ -1,0 +1,190 @@
+"""What runs in every Ray Train worker: build the stage's parts, then `orchestrator.loop.train`."""
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import ray.train
+import torch
+
+from data_pipeline.dataset import Dataset, open_dataset
+from data_pipeline.loader import TrainLoader
+from data_pipeline.plan import slots_of_rank
+from model.build import build_network, decay_groups
+from orchestrator.checkpoint import newest_checkpoint, prune_checkpoints, save_checkpoint
+from orchestrator.config import StageSettings
+from orchestrator.duration import to_steps
+from orchestrator.evaluate import evaluate
+from orchestrator.files import digest, read_json
+from orchestrator.learner import Learner
+from orchestrator.loop import Metrics, Training, train
+from orchestrator.optimizer import make_optimizer, make_schedule
+from orchestrator.place import Place, find_place
+from orchestrator.record import data_record, versions
+from orchestrator.runs import Run, append_journal, truncate_journal
+from orchestrator.start import Start, apply_hand_over
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assignment:
+    """What a driver hands to its workers; plain values, so it travels as JSON."""
+
+    stage: Mapping[str, Any]
+    run: str
+    data_directory: str
+    fingerprint: str
+    start: Mapping[str, Any] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """An assignment with its parts built."""
+
+    assignment: Assignment
+    stage: StageSettings
+    run: Run
+    place: Place
+    train_set: Dataset
+    val_set: Dataset
+    network: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of an epoch."""
+        return self.train_set.num_samples // self.stage.global_batch
+
+    def in_steps(self, duration: int | str) -> int:
+        """A duration of the job file."""
+        return to_steps(duration, self.steps_per_epoch)
+
+
+def train_worker(config: dict[str, Any]) -> None:
+    """Train one stage as one of its workers (`train_loop_per_worker` of Ray Train)."""
+    work = _build(Assignment(**config))
+    stage, place = work.stage, work.place
+    start, steps = _restore(work), work.in_steps(stage.duration)
+    if place.rank == 0:
+        truncate_journal(work.run.journal, start)
+    loader = TrainLoader(
+        work.train_set,
+        task=stage.task,
+        data=stage.data.train,
+        seed=stage.seed,
+        global_batch=stage.global_batch,
+        slots=slots_of_rank(stage.global_batch, place.rank, place.world),
+        num_classes=len(work.train_set.manifest.class_names),
+        start_step=start,
+        stop_step=steps,
+        threads=stage.data.threads,
+        prefetch=stage.data.prefetch,
+        mean_pixel=work.network.mean_pixel,
+    )
+    schedule = make_schedule(stage.schedule, stage.optimizer.lr, steps, work.steps_per_epoch)
+    with loader:
+        learner = Learner(work.network, stage, place, work.train_set.manifest.ignore_label, loader)
+        train(
+            Training(
+                start=start,
+                steps=steps,
+                log_every=work.in_steps(stage.log_every),
+                evaluate_every=work.in_steps(stage.evaluate.every),
+                checkpoint_every=work.in_steps(stage.checkpoint.every),
+                batches=iter(loader),
+                seed=lambda step: _seed_step(stage.seed, step, place.rank),
+                schedule=schedule,
+                optimizer=work.optimizer,
+                backward=learner.backward,
+                read_meters=learner.read_meters,
+                evaluate=partial(evaluate, work.network, stage, work.val_set, place),
+                log=partial(_log, work),
+                save=partial(_save, work, steps),
+            )
+        )
+
+
+def _build(assignment: Assignment) -> Work:
+    stage = StageSettings.model_validate(assignment.stage)
+    place = find_place(stage.cluster.gpus_per_worker, stage.precision)
+    data = Path(assignment.data_directory)
+    train_set = open_dataset(data, stage.data.train.dataset, stage.data.train.split)
+    torch.manual_seed(stage.seed)
+    network = build_network(stage.model, stage.task, len(train_set.manifest.class_names))
+    memory_format = torch.channels_last if place.device.type == "cuda" else torch.contiguous_format
+    network = network.to(place.device, memory_format=memory_format)
+    groups = decay_groups(network, stage.optimizer.weight_decay)
+    return Work(
+        assignment=assignment,
+        stage=stage,
+        run=Run(Path(assignment.run)),
+        place=place,
+        train_set=train_set,
+        val_set=open_dataset(data, stage.data.val.dataset, stage.data.val.split),
+        network=network,
+        optimizer=make_optimizer(stage.optimizer, groups),
+    )
+
+
+def _restore(work: Work) -> int:
+    """Where the run starts: its own newest valid checkpoint, start_from, scratch. The step."""
+    own = newest_checkpoint(work.run.checkpoints)
+    if own is not None:
+        work.network.load_state_dict(own.weights())
+        work.optimizer.load_state_dict(own.optimizer())
+        log.info("goes on from %s", own.path)
+        return own.step
+    start = work.assignment.start
+    if start is not None:
+        class_names = work.train_set.manifest.class_names
+        plan = apply_hand_over(work.network, Start.from_json(start), class_names)
+        log.info("starts from %s: %s", start["weights"], plan.report())
+    return 0
+
+
+def _seed_step(seed: int, step: int, rank: int) -> None:
+    """Seed torch for one step, so that no generator state has to be saved."""
+    torch.manual_seed(int(digest([seed, step, rank])[:15], 16))
+
+
+def _log(work: Work, step: int, metrics: Metrics) -> None:
+    if work.place.rank == 0:
+        append_journal(work.run.journal, {"step": step, "time": time.time(), "metrics": metrics})
+
+
+def _save(work: Work, steps: int, step: int, metrics: Metrics) -> None:
+    """Checkpoint from the first worker; reporting to Ray Train makes the others wait for it."""
+    if work.place.rank == 0:
+        weights = {name: tensor.cpu() for name, tensor in work.network.state_dict().items()}
+        state = _state(work, step, steps, metrics)
+        save_checkpoint(work.run.checkpoints, weights, work.optimizer.state_dict(), state)
+        prune_checkpoints(work.run.checkpoints, work.stage.checkpoint.keep)
+    ray.train.report({"step": step, **metrics})
+
+
+def _state(work: Work, step: int, steps: int, metrics: Metrics) -> dict[str, Any]:
+    """What a checkpoint says of itself."""
+    stage, start = work.stage, work.assignment.start
+    return {
+        "stage": stage.name,
+        "task": stage.task,
+        "fingerprint": work.assignment.fingerprint,
+        "step": step,
+        "steps": steps,
+        "epoch": step // work.steps_per_epoch,
+        "seed": stage.seed,
+        "world": work.place.world,
+        "metrics": metrics,
+        "model": stage.model.model_dump(mode="json"),
+        "class_names": work.train_set.manifest.class_names,
+        "data": {"train": data_record(work.train_set), "val": data_record(work.val_set)},
+        "parents": [start] if start else [],
+        "mlflow_run_id": (read_json(work.run.tracking) or {}).get("run_id"),
+        "versions": versions(),
+        "time": time.time(),
+    }
