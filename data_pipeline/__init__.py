@@ -1,0 +1,1 @@
+"""From raw data sets to batches: preparation, manifest, plan, loading."""

@@ -8,6 +8,11 @@ Side = Annotated[int, Field(ge=1)]
 Crop = Side | tuple[Side, Side]
 
 
+def as_size(crop: Crop) -> tuple[int, int]:
+    """(height, width) of a crop."""
+    return (crop, crop) if isinstance(crop, int) else crop
+
+
 class TrainData(BaseModel):
     """One split to train on and how its samples are augmented."""
 
@@ -23,11 +28,12 @@ class TrainData(BaseModel):
         default=0.25, description="segmentation: grid of the random scale; 0: continuous"
     )
     area: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(le=1)]] | None = Field(
-        default=None, description="classification: range of the crop's share of the image; None: [0.08, 1.0]"
+        default=None,
+        description="classification: range of the crop's share of the image; None: 0.08 to 1",
     )
     flip: bool = True
     block_size: Annotated[int, Field(ge=1)] = Field(
-        default=1, description="samples read together; 1: full shuffle (local disk), 64-256: object store"
+        default=1, description="samples read together; 1: full shuffle (disk), 64-256: object store"
     )
 
 
@@ -52,5 +58,7 @@ class DataConfig(BaseModel):
 
     train: TrainData
     val: EvalData
-    threads: Annotated[int, Field(ge=1)] = Field(default=4, description="decoding threads of each worker")
+    threads: Annotated[int, Field(ge=1)] = Field(
+        default=4, description="decoding threads of a worker"
+    )
     prefetch: Annotated[int, Field(ge=1)] = Field(default=4, description="batches prepared ahead")

@@ -2,4 +2,4 @@
 
 
 class DataError(ValueError):
-    """Something in the user's data is not as it should be; the message says what, where and the cure."""
+    """The user's data is not as it should be; the message says what, where and the cure."""

@@ -1,7 +1,7 @@
 """The manifest: a Parquet file beside the shards that says where every sample lies.
 
-One row group per shard, so a reader takes in what it needs of a data set of any size: the shard list
-(from the footer) when it opens, the rows of a shard when it first reads from it.
+One row group per shard, so a reader takes in what it needs of a data set of any size: the shard
+list (from the footer) when it opens, the rows of a shard when it first reads from it.
 """
 
 import hashlib
@@ -22,8 +22,9 @@ FILE_NAME = "manifest.parquet"
 FORMAT_VERSION = 1
 _KEY = b"atrous"
 
-# Offsets are bytes from the start of the shard. A sample's span (offset, size) starts at its first tar
-# header and holds every member of it, so neighbouring samples are one contiguous range.
+# Offsets are bytes from the start of the shard. A sample's span (offset, size) starts at its first
+# tar header and holds every member of it, so neighbouring samples are one contiguous range.
+# `labels` are the class ids in the sample, ascending, without the ignore label.
 SCHEMA = pa.schema(
     [
         ("key", pa.string()),
@@ -35,7 +36,7 @@ SCHEMA = pa.schema(
         ("label_size", pa.int64()),
         ("width", pa.int32()),
         ("height", pa.int32()),
-        ("labels", pa.list_(pa.int32())),  # class ids in the sample, ascending, ignore label left out
+        ("labels", pa.list_(pa.int32())),
     ]
 )
 
@@ -52,7 +53,7 @@ class Shard:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What one prepared split consists of. `path` is where it was read from, no part of its identity."""
+    """What a prepared split consists of; `path`, where it was read, is no part of its identity."""
 
     dataset: str
     split: str
@@ -60,7 +61,7 @@ class Manifest:
     class_names: tuple[str, ...]
     ignore_label: int | None
     shards: tuple[Shard, ...]
-    source: dict[str, Any] = field(default_factory=dict)  # raw path, layout, options, skipped inputs
+    source: dict[str, Any] = field(default_factory=dict)  # raw path, layout, skipped inputs
     path: Path | None = None
 
     @property
@@ -70,7 +71,7 @@ class Manifest:
 
     @cached_property
     def digest(self) -> str:
-        """sha256 of the content: shard digests, classes, task. The same samples have the same digest."""
+        """sha256 of the content: shard digests, classes, task; equal for equal samples."""
         content = {
             "task": self.task,
             "class_names": self.class_names,
@@ -103,8 +104,12 @@ def write_manifest(directory: Path, manifest: Manifest, rows: Iterable[pa.Table]
         with pq.ParquetWriter(sink, schema, compression="zstd") as writer:
             for shard, table in zip(manifest.shards, rows, strict=True):
                 if len(table) != shard.num_samples:
-                    raise ValueError(f"{shard.name}: {len(table)} rows for {shard.num_samples} samples")
-                writer.write_table(table.cast(SCHEMA).replace_schema_metadata(schema.metadata), len(table))
+                    raise ValueError(
+                        f"{shard.name}: {len(table)} rows for {shard.num_samples} samples"
+                    )
+                writer.write_table(
+                    table.cast(SCHEMA).replace_schema_metadata(schema.metadata), len(table)
+                )
         sink.flush()
     with open(temporary, "rb") as file:
         os.fsync(file.fileno())
@@ -122,9 +127,13 @@ def read_manifest(directory: Path) -> Manifest:
     try:
         metadata = pq.read_metadata(path)
     except FileNotFoundError:
-        raise DataError(f"{path}: not found; prepare the data set with `atrous data prepare`") from None
+        raise DataError(
+            f"{path}: not found; prepare the data set with `atrous data prepare`"
+        ) from None
     except pa.ArrowInvalid as error:
-        raise DataError(f"{path}: not a Parquet file ({error}); prepare the data set again") from None
+        raise DataError(
+            f"{path}: not a Parquet file ({error}); prepare the data set again"
+        ) from None
     raw = (metadata.metadata or {}).get(_KEY)
     if raw is None:
         raise DataError(f"{path}: a Parquet file, but not a manifest of Atrous")

@@ -1,19 +1,19 @@
 """The data plan: which sample lies at which step and slot. Pure arithmetic, no state, no files.
 
-Section "The data plan" of the design: blocks are permuted per epoch, the permuted sequence is cut into
-one contiguous part per slot, and the order inside a block is permuted too. So the position of a run is
-one integer, the step, and the sequence of global batches is the same for every number of ranks.
+Blocks are permuted per epoch, the permuted sequence of samples is cut into one contiguous part per
+slot, and the order inside a block is permuted too. So the position of a run is one integer, the
+step, and the sequence of global batches is the same for every number of ranks.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-_Word = TypeVar("_Word", int, NDArray[np.uint64])
+_Word = TypeVar("_Word", int, NDArray[Any])  # an array of uint64
 
 _MASK = (1 << 64) - 1
 _BLOCK_ORDER, _ROW_ORDER, _SAMPLE = 1, 2, 3  # what a hash is for: keeps the three uses independent
@@ -38,8 +38,9 @@ class _EpochOrder:
 class Plan:
     """The order of training samples, a pure function of its fields.
 
-    `shard_samples` holds the number of samples of each shard; a block is a run of up to `block_size`
-    neighbouring samples of one shard. Steps count over epochs: step t lies in epoch t // steps_per_epoch.
+    `shard_samples` holds the number of samples of each shard; a block is a run of up to
+    `block_size` neighbouring samples of one shard. Steps count over epochs: step t lies in epoch
+    t // steps_per_epoch.
 
     Raises:
         ValueError: fewer samples than `global_batch`, or a size below one.
@@ -53,7 +54,8 @@ class Plan:
     def __post_init__(self) -> None:
         if self.block_size < 1 or self.global_batch < 1:
             raise ValueError(
-                f"block_size {self.block_size} and global_batch {self.global_batch} must be at least 1"
+                f"block_size {self.block_size} and global_batch {self.global_batch}: "
+                "both must be at least 1"
             )
         if self.num_samples < self.global_batch:
             raise ValueError(
@@ -64,11 +66,11 @@ class Plan:
     @cached_property
     def num_samples(self) -> int:
         """Samples in all shards."""
-        return int(sum(self.shard_samples))
+        return int(self._samples.sum())
 
     @property
     def steps_per_epoch(self) -> int:
-        """Global batches in an epoch; the up to `global_batch - 1` samples left over differ each epoch."""
+        """Global batches in an epoch; which samples are left over differs between epochs."""
         return self.num_samples // self.global_batch
 
     def sample(self, step: int, slot: int) -> SampleIndex:
@@ -81,7 +83,7 @@ class Plan:
         Raises:
             ValueError: a negative step, or a slot outside the global batch.
         """
-        if step < 0 or (slots and not (0 <= min(slots) and max(slots) < self.global_batch)):
+        if step < 0 or any(slot not in range(self.global_batch) for slot in slots):
             raise ValueError(f"step {step}, {slots}: outside a global batch of {self.global_batch}")
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
         order = self._order_of_epoch(epoch)
@@ -91,17 +93,20 @@ class Plan:
         lengths = self._lengths(blocks)
         offsets = positions - order.ends[places] + lengths
         if self.block_size > 1:
-            for i, (block, length) in enumerate(zip(blocks.tolist(), lengths.tolist(), strict=True)):
-                offsets[i] = self._row_order(epoch, block, length)[offsets[i]]
+            for i in range(len(slots)):
+                offsets[i] = self._row_order(epoch, int(blocks[i]), int(lengths[i]))[offsets[i]]
         shards = self._shards(blocks)
         rows = (blocks - self._first_blocks[shards]) * self.block_size + offsets
         return list(map(SampleIndex, shards.tolist(), rows.tolist()))
 
     @cached_property
+    def _samples(self) -> NDArray[np.int64]:
+        return np.asarray(self.shard_samples, np.int64)
+
+    @cached_property
     def _first_blocks(self) -> NDArray[np.int64]:
         """Number of the first block of each shard, then the number of all blocks."""
-        samples = np.asarray(self.shard_samples, np.int64)
-        return np.concatenate(([0], np.cumsum(-(-samples // self.block_size))))
+        return np.concatenate(([0], np.cumsum(-(-self._samples // self.block_size))))
 
     def _shards(self, blocks: NDArray[np.int64]) -> NDArray[np.int64]:
         return np.searchsorted(self._first_blocks, blocks, side="right") - 1
@@ -110,11 +115,11 @@ class Plan:
         """Samples in each of `blocks`: `block_size`, or what the end of the shard leaves."""
         shards = self._shards(blocks)
         starts = (blocks - self._first_blocks[shards]) * self.block_size
-        return np.minimum(self.block_size, np.asarray(self.shard_samples, np.int64)[shards] - starts)
+        return np.minimum(self.block_size, self._samples[shards] - starts)
 
     @cached_property
-    def _order_of_epoch(self) -> "lru_cache[_EpochOrder]":  # type: ignore[type-arg]
-        # One epoch only: steps go forward, and millions of blocks make this the plan's one big object.
+    def _order_of_epoch(self) -> Callable[[int], _EpochOrder]:
+        # One epoch only: steps go forward, and with millions of blocks this is the one big object.
         return lru_cache(maxsize=1)(self._permute_blocks)
 
     def _permute_blocks(self, epoch: int) -> _EpochOrder:
@@ -141,12 +146,12 @@ def slots_of_rank(global_batch: int, rank: int, world: int) -> range:
 
 
 def eval_indices(num_samples: int, rank: int, world: int) -> range:
-    """The contiguous samples one rank evaluates: each sample once over all ranks, some ranks maybe none."""
+    """The contiguous samples one rank evaluates; over all ranks each sample exactly once."""
     return _part(num_samples, rank, world)
 
 
 def sample_seed(seed: int, epoch: int, shard: int, row: int) -> int:
-    """The 64-bit seed of a sample's augmentation: by what the sample is, not by who loads it or when."""
+    """The 64-bit seed of a sample's augmentation: by what the sample is, not by who loads it."""
     return hash_words(_SAMPLE, seed, epoch, shard, row)
 
 
@@ -167,14 +172,14 @@ def _part(total: int, rank: int, world: int) -> range:
 def _permutation(length: int, key: int) -> NDArray[np.int64]:
     """A permutation of range(length) drawn by `key`.
 
-    Not numpy's Generator, whose streams may change between releases: a sort of own hashes never does.
+    Not numpy's Generator, whose streams may change between releases: a sort of own hashes does not.
     """
     counters = np.arange(length, dtype=np.uint64)
     return np.argsort(_mix(counters ^ np.uint64(key)), kind="stable")
 
 
 def _mix(word: _Word) -> _Word:
-    """One step of splitmix64 (Steele, Lea, Flood 2014): a bijection of 64-bit words that scatters them."""
+    """One step of splitmix64 (Steele, Lea, Flood 2014): a bijection that scatters 64-bit words."""
     word = (word + 0x9E3779B97F4A7C15) & _MASK
     word = ((word ^ (word >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     word = ((word ^ (word >> 27)) * 0x94D049BB133111EB) & _MASK

@@ -8,7 +8,7 @@ Task = Literal["classification", "multilabel", "segmentation"]
 
 
 class DecoderConfig(BaseModel):
-    """The decoder of section 3.1: low-level features reduced, then 3x3 convolutions (Tables 1, 2)."""
+    """The decoder of section 3.1: low-level features reduced, 3x3 convolutions (Tables 1, 2)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -18,7 +18,7 @@ class DecoderConfig(BaseModel):
 
 
 class BatchNormConfig(BaseModel):
-    """Batch normalisation; momentum is PyTorch's (1 - decay), None takes the reference's for the part."""
+    """Batch normalisation; momentum is PyTorch's (1 - decay), None: the reference's."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -47,7 +47,9 @@ class ModelConfig(BaseModel):
     )
     aspp_channels: Annotated[int, Field(ge=1)] = 256
     image_level_features: bool = True
-    separable: bool = Field(default=True, description="atrous separable convolution in ASPP and decoder")
+    separable: bool = Field(
+        default=True, description="atrous separable convolution in ASPP and decoder"
+    )
     decoder: DecoderConfig | None = Field(
         default=DecoderConfig(), description="null: naive bilinear upsampling (DeepLabv3)"
     )

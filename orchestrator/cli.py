@@ -61,11 +61,10 @@ def synthesize(
     ] = None,
 ) -> None:
     """Draw textured objects on cluttered backgrounds in the original layouts of the data sets."""
-    from data_pipeline.formats.synthetic import LAYOUTS
     from data_pipeline.formats.synthetic import synthesize as draw
 
-    draw(destination, seed=seed, layouts=tuple(layout or LAYOUTS))
-    typer.echo(f"{destination}: {', '.join(layout or LAYOUTS)}")
+    for name, folder in draw(destination, seed=seed, layouts=layout).items():
+        typer.echo(f"{name}: {folder}")
 
 
 @data.command()

@@ -82,6 +82,10 @@ class Evaluate(_Section):
 
     every: Duration = "1 epochs"
     output_stride: Literal[8, 16, 32] | None = Field(default=None, description="None: the model's")
+    scale: Annotated[float, Field(gt=0, le=4)] = Field(
+        default=1.0,
+        description="segmentation: images are resized by it, logits to the image's own size",
+    )
     batch: Annotated[int, Field(ge=1)] = 8
 
 
@@ -193,6 +197,11 @@ class StageJob(_Places, StageSettings):
 
     kind: Literal["stage"]
 
+    @property
+    def settings(self) -> StageSettings:
+        """The stage alone, without the places of this machine."""
+        return StageSettings(**{name: getattr(self, name) for name in StageSettings.model_fields})
+
 
 class Prepared(_Section):
     """A data set that a pipeline prepares before its first stage, once."""
@@ -224,13 +233,19 @@ class PipelineJob(_Places):
     stages: tuple[StageSettings, ...]
 
     @model_validator(mode="after")
-    def _unique_names(self) -> "PipelineJob":
+    def _runnable(self) -> "PipelineJob":
         names = [stage.name for stage in self.stages]
         if not names:
             raise ValueError("stages: give at least one")
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"stages: the name {twice[0]!r} is used twice")
+        waiting = {stage.name: stage.start_from for stage in self.stages}
+        while ready := [n for n, s in waiting.items() if s is None or s.checkpoint not in waiting]:
+            for name in ready:
+                del waiting[name]
+        if waiting:
+            raise ValueError(f"stages: {', '.join(waiting)} start from each other, in a circle")
         return self
 
 

@@ -6,9 +6,13 @@ from typing import Any
 
 import torch
 
+from data_pipeline.config import as_size
 from data_pipeline.dataset import Dataset
 from data_pipeline.loader import EvalLoader, EvalSample
 from data_pipeline.plan import eval_indices
+from model.blocks import resize
+from model.build import Network
+from model.deeplab import DeepLab
 from orchestrator.config import StageSettings
 from orchestrator.place import Place
 from orchestrator.task import Metrics, make_metrics
@@ -33,7 +37,7 @@ def pad_image(image: torch.Tensor, size: Size, mean_pixel: torch.Tensor) -> torc
 
 
 def evaluate(
-    network: torch.nn.Module, stage: StageSettings, split: Dataset, place: Place
+    network: Network, stage: StageSettings, split: Dataset, place: Place
 ) -> dict[str, float]:
     """Evaluate a whole split, each worker its part, on the network without DDP around it."""
     manifest = split.manifest
@@ -44,7 +48,7 @@ def evaluate(
     trained_stride = network.output_stride
     network.set_output_stride(stage.evaluate.output_stride or trained_stride)
     loader = EvalLoader(
-        split,
+        dataset=split,
         task=stage.task,
         data=stage.data.val,
         indices=eval_indices(split.num_samples, place.rank, place.world),
@@ -53,9 +57,8 @@ def evaluate(
         threads=stage.data.threads,
     )
     with place.autocast(), torch.no_grad():
-        if stage.task == "segmentation":
-            size = as_size(stage.data.val.crop)
-            _segment(network, loader, metrics, size, stage.evaluate.batch, place.device)
+        if isinstance(network, DeepLab):
+            _segment(network, loader, metrics, stage, place.device)
         else:
             _classify(network, loader, metrics, stage.evaluate.batch, place.device)
     network.set_output_stride(trained_stride)
@@ -63,35 +66,35 @@ def evaluate(
     return {f"val/{name}": value for name, value in result.items()}
 
 
-def as_size(crop: int | Size | None) -> Size | None:
-    """(height, width) of a crop in a job file."""
-    return (crop, crop) if isinstance(crop, int) else crop
-
-
 def _segment(
-    network: torch.nn.Module,
+    network: DeepLab,
     samples: Iterable[EvalSample],
     metrics: Metrics,
-    size: Size | None,
-    batch: int,
+    stage: StageSettings,
     device: torch.device,
 ) -> None:
-    """Add the argmax predictions of whole images, each padded to `size` (None: its own 16k+1).
+    """Add the argmax predictions of whole images, padded to the crop (None: to their own 16k+1).
 
-    Images of one padded size go through the network together, at most `batch` of them.
+    Images of one padded size go through the network together.
     """
+    size = as_size(stage.data.val.crop) if stage.data.val.crop else None
+    scale = stage.evaluate.scale
     mean_pixel = torch.tensor(network.mean_pixel, dtype=torch.float32, device=device)
-    for group in _groups(samples, lambda sample: size or _aligned(sample), batch):
+    for group in _groups(samples, lambda sample: size or _aligned(sample), stage.evaluate.batch):
         padded = size or _aligned(group[0])
-        images = [pad_image(sample.image.to(device), padded, mean_pixel) for sample in group]
-        predictions = network(torch.stack(images)).argmax(dim=1).to(torch.uint8).cpu()
+        images = torch.stack([pad_image(s.image.to(device), padded, mean_pixel) for s in group])
+        if scale != 1:
+            images = resize(images, (_scaled(padded[0], scale), _scaled(padded[1], scale)))
+        images = images.contiguous(memory_format=torch.channels_last)
+        logits = resize(network.forward_low_resolution(images).float(), padded)
+        predictions = logits.argmax(dim=1).to(torch.uint8).cpu()
         for sample, prediction in zip(group, predictions, strict=True):
             height, width = sample.label.shape
             metrics.update(prediction[:height, :width], sample.label)
 
 
 def _classify(
-    network: torch.nn.Module,
+    network: Network,
     samples: Iterable[EvalSample],
     metrics: Metrics,
     batch: int,
@@ -115,6 +118,11 @@ def merge(fresh: Metrics, states: list[dict[str, Any]], expected: int) -> dict[s
     if fresh.num_samples != expected:
         raise RuntimeError(f"evaluated {fresh.num_samples} samples of a split of {expected}")
     return fresh.compute()
+
+
+def _scaled(side: int, scale: float) -> int:
+    """The reference's scale_dimension: 16k+1 stays aligned under halving and doubling."""
+    return int((side - 1) * scale + 1)
 
 
 def _aligned(sample: EvalSample) -> Size:

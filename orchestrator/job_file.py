@@ -23,7 +23,7 @@ def load_job(path: Path, overrides: tuple[str, ...] = ()) -> Job:
     for override in overrides:
         _apply(raw, override)
     kind = raw.get("kind")
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         raise JobFileError(f"{path}: kind: {kind!r} is not one of {', '.join(KINDS)}")
     if kind == "pipeline":
         _inline_stages(raw, path)
@@ -55,14 +55,14 @@ class _StrictLoader(yaml.SafeLoader):
     """SafeLoader that refuses a key given twice, which YAML would silently overwrite."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
+        seen: list[object] = []
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=deep)  # type: ignore[no-untyped-call]
+            key = self.construct_object(key_node, deep=deep)
             if key in seen:
                 raise yaml.MarkedYAMLError(
                     problem=f"the key {key!r} is given twice", problem_mark=key_node.start_mark
                 )
-            seen.add(key)
+            seen.append(key)
         return super().construct_mapping(node, deep=deep)
 
 

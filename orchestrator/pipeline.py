@@ -77,7 +77,7 @@ def run_job(job: Job, display: Display) -> list[StageResult]:
     storage = Path(job.storage)
     storage.mkdir(parents=True, exist_ok=True)
     if isinstance(job, StageJob):
-        return _run_stages((job,), job, display, None)
+        return _run_stages((job.settings,), job, display, None)
     prepare_datasets(job, display)
     record = job.model_dump(mode="json")
     fingerprint = digest(record | {"storage": None, "data_root": None})
@@ -107,7 +107,7 @@ def prepare_datasets(job: PipelineJob, display: Display) -> None:
         with display.preparing(name) as progress:
             prepare(
                 wanted.format,
-                _source(wanted, job.data_directory, display),
+                _source(wanted, job.data_directory / "raw" / name),
                 job.data_directory / name,
                 Settings(limit=wanted.limit, on_broken=wanted.on_broken),
                 splits=wanted.splits,
@@ -115,18 +115,16 @@ def prepare_datasets(job: PipelineJob, display: Display) -> None:
             )
 
 
-def _source(wanted: Prepared, data_directory: Path, display: Display) -> Path:
+def _source(wanted: Prepared, raw: Path) -> Path:
     if wanted.source is not None:
         return Path(wanted.source)
     from data_pipeline.formats.synthetic import synthesize
 
     options: dict[str, Any] = wanted.synthesize or {}
-    destination = data_directory / "synthetic"
     try:
-        synthesize(destination, layouts=(wanted.format,), **options)
+        return synthesize(raw, layouts=(wanted.format,), **options)[wanted.format]
     except TypeError as error:
         raise DataError(f"synthesize: {options}: {error}") from None
-    return destination / wanted.format
 
 
 def _run_stages(

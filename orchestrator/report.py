@@ -210,3 +210,4 @@ def show_log(console: Console) -> None:
         logger = logging.getLogger(name)
         logger.setLevel(logging.WARNING)
         logger.addHandler(handler)
+    logging.getLogger("ray.train").setLevel(logging.WARNING)

@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.config import as_size
 from data_pipeline.dataset import Dataset, open_dataset
 from data_pipeline.plan import Plan
 from orchestrator.checkpoint import Checkpoint, newest_checkpoint
@@ -124,7 +125,7 @@ def _check_data(stage: StageSettings, train: Dataset, val: Dataset) -> None:
         )
     crop = stage.data.val.crop
     if crop is not None:
-        height, width = (crop, crop) if isinstance(crop, int) else crop
+        height, width = as_size(crop)
         largest = val.largest_size()
         if height < largest[0] or width < largest[1]:
             raise RunError(

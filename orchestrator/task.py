@@ -11,10 +11,13 @@ from model.metrics import ClassificationMetrics, MultilabelMetrics, Segmentation
 
 Loss = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
+
 class Metrics(Protocol):
     """Sums over samples that merge across workers."""
 
-    num_samples: int
+    @property
+    def num_samples(self) -> int:
+        """Samples added so far."""
 
     def update(self, output: Any, label: Any) -> None:
         """Add samples."""

@@ -6,6 +6,7 @@ tracking server that is down delays what it shows and nothing else.
 
 import json
 import logging
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -26,8 +27,6 @@ _creation = threading.Lock()  # one thread at a time creates the database, the e
 
 def tracking_uri(storage: Path) -> str:
     """MLFLOW_TRACKING_URI, else an SQLite file in the storage."""
-    import os
-
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{storage / 'mlflow.db'}"
 
 
@@ -98,8 +97,7 @@ class Tracker:
             self._write(record | {"status": run["status"]})
 
     def _client(self) -> Any:
-        logging.getLogger("alembic").setLevel(logging.WARNING)
-        logging.getLogger("mlflow").setLevel(logging.WARNING)
+        os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
         with _creation:
             import mlflow
 

@@ -1,0 +1,1 @@
+"""Original on-disk layouts of data sets, one module each."""

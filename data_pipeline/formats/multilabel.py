@@ -1,0 +1,203 @@
+"""Noisy multi-label pictures like JFT's: SOURCE/<split>.parquet and perhaps classes.txt.
+
+Columns: `labels` (list of class names) and either `image` (the encoded picture) or `path` (relative
+to SOURCE). Row groups of some hundred rows suit `image` best: a row group is read by every shard
+that holds one of its rows.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from data_pipeline.errors import DataError
+from data_pipeline.formats.sample import (
+    Item,
+    Sample,
+    Split,
+    check_image,
+    is_inside,
+    read_bytes,
+    require_layout,
+    require_split,
+)
+
+_LARGE_GROUP = 8192  # rows; reading these over and over for every shard would dominate
+_BATCH = 64  # rows of pictures in memory at a time
+
+
+def splits(source: Path) -> tuple[str, ...]:
+    """The Parquet files in `source`."""
+    require_layout(source, [])
+    return tuple(sorted(path.stem for path in source.glob("*.parquet")))
+
+
+def read_split(source: Path, split: str) -> Split:
+    """List one split; without classes.txt the classes are the sorted labels of train.parquet.
+
+    Raises:
+        DataError: a column is missing, or there is nothing to take class names from.
+    """
+    require_split(source, split, splits(source))
+    path = source / f"{split}.parquet"
+    class_names, origin = _class_names(source)
+    items: list[Item] = []
+    warnings: tuple[str, ...] = ()
+    with _open(path) as parquet:
+        embedded = "image" in parquet.schema_arrow.names
+        for group in range(parquet.num_row_groups):
+            items += _list_group(parquet, group, source, len(items))
+        rows = max(
+            (parquet.metadata.row_group(g).num_rows for g in range(parquet.num_row_groups)),
+            default=0,
+        )
+        if embedded and rows > _LARGE_GROUP:
+            warnings = (
+                f"{path}: row groups of {rows} rows read slowly; write it with row_group_size=512",
+            )
+    return Split(
+        task="multilabel",
+        class_names=class_names,
+        ignore_label=None,
+        items=items,
+        load=partial(load, {name: i for i, name in enumerate(class_names)}, path.name),
+        fetch=partial(fetch, path) if embedded else None,
+        sources=(path, origin),
+        warnings=warnings,
+    )
+
+
+def fetch(path: Path, items: Sequence[Item]) -> list[Item]:
+    """Put the pictures of `items` into them, reading each of their row groups once.
+
+    Raises:
+        DataError: the Parquet file cannot be read.
+    """
+    wanted = {(item.group, item.label[0]) for item in items}
+    found: dict[tuple[int, int], bytes | None] = {}
+    with _open(path) as parquet:
+        for group in sorted({item.group for item in items}):
+            start = 0
+            try:
+                for batch in parquet.iter_batches(_BATCH, row_groups=[group], columns=["image"]):
+                    for row in range(start, start + len(batch)):
+                        if (group, row) in wanted:
+                            found[group, row] = batch.column(0)[row - start].as_py()
+                    start += len(batch)
+            except (pa.ArrowException, OSError) as error:
+                raise DataError(f"{path}: row group {group} cannot be read: {error}") from None
+    return [replace(item, image=found[item.group, item.label[0]]) for item in items]
+
+
+def load(class_ids: dict[str, int], file_name: str, item: Item) -> Sample:
+    """Check one row.
+
+    Raises:
+        DataError: the picture is missing, broken or outside SOURCE, or a label is unknown.
+    """
+    position, names = item.label
+    where = f"{file_name} row {int(item.key)}"
+    if names is None:
+        raise DataError(f"{where}: labels is null; an empty list means no label")
+    unknown = sorted(set(names) - class_ids.keys())
+    if unknown:
+        raise DataError(f"{where}: unknown labels {', '.join(unknown[:10])}")
+    image = _image(item, where, position)
+    extension, width, height = check_image(image, where)
+    labels = tuple(sorted({class_ids[name] for name in names}))
+    return Sample(
+        key=item.key,
+        image=image,
+        image_extension=extension,
+        label=json.dumps(labels).encode("ascii"),
+        label_extension="json",
+        width=width,
+        height=height,
+        labels=labels,
+    )
+
+
+def _image(item: Item, where: str, position: int | str | None) -> bytes:
+    if item.image is not None:
+        return item.image
+    if not isinstance(position, str):
+        raise DataError(f"{where}: neither an image nor a path")
+    if not is_inside(position):
+        raise DataError(f"{where}: path {position!r} leaves the source folder")
+    return read_bytes(item.files[0])
+
+
+def _list_group(parquet: pq.ParquetFile, group: int, source: Path, first: int) -> list[Item]:
+    embedded = "image" in parquet.schema_arrow.names
+    table = parquet.read_row_group(group, columns=["labels"] if embedded else ["labels", "path"])
+    paths = [None] * len(table) if embedded else table["path"].to_pylist()
+    items = []
+    for row, (names, path) in enumerate(zip(table["labels"].to_pylist(), paths, strict=True)):
+        items.append(
+            Item(
+                key=f"{first + row:09d}",
+                files=(str(source / path),) if path is not None else (),
+                label=(row if embedded else path, names),
+                # Pictures inside the file are read by row group; paths can be read in any order.
+                group=group if embedded else 0,
+            )
+        )
+    return items
+
+
+def _class_names(source: Path) -> tuple[tuple[str, ...], Path]:
+    """The class names, and the file that they come from."""
+    listed = source / "classes.txt"
+    if listed.exists():
+        names = tuple(
+            line.strip() for line in listed.read_text("utf-8").splitlines() if line.strip()
+        )
+        if len(set(names)) != len(names):
+            raise DataError(f"{listed}: a class is listed twice; class ids are the line numbers")
+        return names, listed
+    train = source / "train.parquet"
+    if not train.exists():
+        raise DataError(
+            f"{source}: neither classes.txt nor train.parquet to take the class names from"
+        )
+    seen: set[str] = set()
+    with _open(train) as parquet:
+        for group in range(parquet.num_row_groups):
+            column = parquet.read_row_group(group, columns=["labels"])["labels"]
+            seen.update(name for names in column.to_pylist() if names for name in names)
+    return tuple(sorted(seen)), train
+
+
+def _open(path: Path) -> pq.ParquetFile:
+    try:
+        parquet = pq.ParquetFile(
+            path, buffer_size=1 << 20
+        )  # otherwise a column chunk is read whole
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path}: not a Parquet file ({error})") from None
+    schema = parquet.schema_arrow
+    problem = _schema_problem(schema)
+    if problem:
+        parquet.close()
+        raise DataError(f"{path}: {problem}; found columns: {', '.join(map(str, schema))}")
+    return parquet
+
+
+def _schema_problem(schema: pa.Schema) -> str | None:
+    def is_text(kind: pa.DataType) -> bool:
+        return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+    types = {name: schema.field(name).type for name in schema.names}
+    labels, image, path = (types.get(name) for name in ("labels", "image", "path"))
+    if not isinstance(labels, pa.ListType | pa.LargeListType) or not is_text(labels.value_type):
+        return "column labels must be list<string>"
+    if image is not None:
+        is_binary = pa.types.is_binary(image) or pa.types.is_large_binary(image)
+        return None if is_binary else "column image must be binary"
+    if path is None or not is_text(path):
+        return "expected a column image (binary) or path (string)"
+    return None

@@ -1,0 +1,196 @@
+"""What happens to a sample on its way into a batch: pure functions of arrays and a random source.
+
+The random source is `random.Random`, of which only `random()` is used: Python promises that stream
+for all releases, which numpy's Generator does not.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from random import Random
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from data_pipeline.decode import Pixels
+
+Size = tuple[int, int]  # height, width in pixels
+
+# Decodes the image at hand to `(H, W, 3)`, of at least the given height and width if it has them.
+Decode = Callable[[int, int], Pixels]
+
+_ASPECT_RATIOS = (3 / 4, 4 / 3)
+_CROP_ATTEMPTS = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentationAugmentation:
+    """How training images and masks are changed (the reference's input_preprocess.py).
+
+    The scale is one of lo, lo + step, ..., hi with equal chances; step 0: any from lo to hi.
+    """
+
+    crop: Size
+    scale: tuple[float, float] = (0.5, 2.0)
+    scale_step: float = 0.25
+    flip: bool = True
+    mean_pixel: tuple[float, float, float] = (
+        127.5,
+        127.5,
+        127.5,
+    )  # RGB; rounded, as images are uint8
+    ignore_label: int = 255
+
+
+def augment_segmentation(
+    image: Pixels, mask: Pixels, rng: Random, how: SegmentationAugmentation
+) -> tuple[Pixels, Pixels]:
+    """Random scale, padding at the bottom and right, random crop, random flip, in that order.
+
+    Takes `(H, W, 3)` and `(H, W)`, gives `(*crop, 3)` and `crop`. The image is resized bilinearly,
+    the mask to the nearest pixel, both with aligned corners; only the crop window is computed.
+    """
+    scale = _draw_scale(rng, how)
+    height, width = image.shape[:2]
+    scaled = (max(1, int(height * scale)), max(1, int(width * scale)))
+    top, left = (_draw_index(rng, max(0, s - c) + 1) for s, c in zip(scaled, how.crop, strict=True))
+    rows = _source_positions(height, scaled[0], top, how.crop[0])
+    columns = _source_positions(width, scaled[1], left, how.crop[1])
+    window = _pad(_sample_bilinear(image, rows, columns), how.crop, how.mean_pixel)
+    labels = _pad(mask[_nearest(rows)][:, _nearest(columns)], how.crop, (how.ignore_label,))
+    if how.flip and rng.random() < 0.5:
+        return cv2.flip(window, 1), cv2.flip(labels, 1)
+    return window, labels
+
+
+@dataclass(frozen=True)
+class Window:
+    """A rectangle of an image, in pixels."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+
+def augment_classification(
+    decode: Decode, size: Size, rng: Random, crop: Size, area: tuple[float, float], flip: bool
+) -> Pixels:
+    """Random window of the image of `size`, resized to `crop`, then a random flip.
+
+    The crop of the Inception network (Szegedy et al. 2015, section 6), aspect ratios 3/4 to 4/3.
+    """
+    window = random_window(size, rng, area)
+    image = resize_window(decode, size, window, crop)
+    return cv2.flip(image, 1) if flip and rng.random() < 0.5 else image
+
+
+def center_crop(decode: Decode, size: Size, crop: Size, fraction: float = 0.875) -> Pixels:
+    """The central part of the image of `size`, resized to `crop` without distorting it.
+
+    The part is `fraction` of the largest centred window of the crop's shape: the same pixels as the
+    usual "resize the shorter side to crop / fraction, then cut out the centre".
+    """
+    (height, width), (crop_height, crop_width) = size, crop
+    factor = fraction * min(height / crop_height, width / crop_width)
+    rows, columns = max(1, round(crop_height * factor)), max(1, round(crop_width * factor))
+    window = Window((height - rows) // 2, (width - columns) // 2, rows, columns)
+    return resize_window(decode, size, window, crop)
+
+
+def random_window(size: Size, rng: Random, area: tuple[float, float]) -> Window:
+    """A window with a share of the image's area from `area` and an aspect ratio from 3/4 to 4/3.
+
+    The share is drawn evenly, the ratio evenly in its logarithm. When ten draws do not fit into the
+    image: the largest centred window whose ratio is allowed.
+    """
+    height, width = size
+    low, high = map(math.log, _ASPECT_RATIOS)
+    for _ in range(_CROP_ATTEMPTS):
+        pixels = height * width * (area[0] + (area[1] - area[0]) * rng.random())
+        ratio = math.exp(low + (high - low) * rng.random())
+        rows, columns = round(math.sqrt(pixels / ratio)), round(math.sqrt(pixels * ratio))
+        if 0 < rows <= height and 0 < columns <= width:
+            top = _draw_index(rng, height - rows + 1)
+            return Window(top, _draw_index(rng, width - columns + 1), rows, columns)
+    rows = min(height, max(1, round(width / _ASPECT_RATIOS[0])))
+    columns = min(width, max(1, round(height * _ASPECT_RATIOS[1])))
+    return Window((height - rows) // 2, (width - columns) // 2, rows, columns)
+
+
+def resize_window(decode: Decode, size: Size, window: Window, crop: Size) -> Pixels:
+    """Cut `window` out of the image of `size` and resize it to `crop`.
+
+    The image is decoded no larger than the crop needs. Shrinking averages over areas, which leaves
+    no aliasing at any factor; enlarging, where averaging would repeat pixels, is bilinear.
+    """
+    image = decode(
+        min(size[0], math.ceil(size[0] * crop[0] / window.height)),
+        min(size[1], math.ceil(size[1] * crop[1] / window.width)),
+    )
+    rows = _scaled_span(window.top, window.height, size[0], image.shape[0])
+    columns = _scaled_span(window.left, window.width, size[1], image.shape[1])
+    part = image[rows, columns]
+    shrinks = part.shape[0] >= crop[0] and part.shape[1] >= crop[1]
+    method = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+    return cv2.resize(part, (crop[1], crop[0]), interpolation=method)
+
+
+def _scaled_span(start: int, length: int, full: int, decoded: int) -> slice:
+    """The part of a side of `decoded` pixels that shows `start`, `length` of `full` pixels."""
+    first = min(round(start * decoded / full), decoded - 1)
+    return slice(first, max(first + 1, round((start + length) * decoded / full)))
+
+
+def _draw_index(rng: Random, count: int) -> int:
+    """An integer of range(count), evenly."""
+    return int(rng.random() * count)
+
+
+def _draw_scale(rng: Random, how: SegmentationAugmentation) -> float:
+    low, high = how.scale
+    if how.scale_step == 0:
+        return low + (high - low) * rng.random()
+    # The margin keeps the last value when (high - low) / step comes out a hair below an integer.
+    return low + how.scale_step * _draw_index(rng, int((high - low) / how.scale_step + 1e-6) + 1)
+
+
+def _source_positions(side: int, scaled: int, start: int, length: int) -> NDArray[np.float64]:
+    """Where the pixels start, start + 1, ... of a side resized to `scaled` lie in the original.
+
+    At most `length` of them; corners aligned: pixel `scaled - 1` is pixel `side - 1`.
+    """
+    positions = np.arange(start, min(start + length, scaled), dtype=np.float64)
+    # Divided last: positions half way between two pixels come out exact, so rounding is defined.
+    return positions * (side - 1) / max(1, scaled - 1)
+
+
+def _nearest(positions: NDArray[np.float64]) -> NDArray[np.int64]:
+    return np.floor(positions + 0.5).astype(np.int64)  # halves go up, as in the reference
+
+
+def _sample_bilinear(
+    image: Pixels, rows: NDArray[np.float64], columns: NDArray[np.float64]
+) -> Pixels:
+    """The image at the evenly spaced positions `rows` x `columns`."""
+    matrix = np.zeros((2, 3))
+    for axis, positions in enumerate((columns, rows)):
+        matrix[axis, axis] = positions[1] - positions[0] if len(positions) > 1 else 1.0
+        matrix[axis, 2] = positions[0]
+    return cv2.warpAffine(
+        image,
+        matrix,
+        (len(columns), len(rows)),
+        flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
+        borderMode=cv2.BORDER_REPLICATE,  # rounding may step over the last pixel by a hair
+    )
+
+
+def _pad(array: Pixels, crop: Size, value: tuple[float, ...]) -> Pixels:
+    """`array` in the upper left corner of `crop`, the rest filled with `value`."""
+    bottom, right = crop[0] - array.shape[0], crop[1] - array.shape[1]
+    if bottom == right == 0:
+        return array
+    fill = [round(channel) for channel in value]
+    return cv2.copyMakeBorder(array, 0, bottom, 0, right, cv2.BORDER_CONSTANT, value=fill)

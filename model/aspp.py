@@ -1,0 +1,66 @@
+"""Atrous spatial pyramid pooling: DeepLabv3's head, the encoder's last part (section 3.1)."""
+
+import torch
+from torch import Tensor, nn
+
+from model.blocks import Norm, check_output_stride, head_conv1x1, head_conv3x3
+
+
+def atrous_rates(output_stride: int) -> tuple[int, int, int]:
+    """Rates of the 3x3 branches: (6, 12, 18) at output stride 16, as wide in pixels at others."""
+    check_output_stride(output_stride)
+    rate = 96 // output_stride
+    return rate, 2 * rate, 3 * rate
+
+
+class ASPP(nn.Module):
+    """Image pooling, 1x1 and three atrous 3x3 branches, joined: (B, C, H, W) -> (B, D, H, W)."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        channels: int,
+        norm: Norm,
+        *,
+        output_stride: int,
+        separable: bool = True,
+        image_level_features: bool = True,
+        dropout: float = 0.1,
+    ) -> None:
+        super().__init__()
+        self.image_pooling = (
+            head_conv1x1(in_channels, channels, norm) if image_level_features else None
+        )
+        self.branch0 = head_conv1x1(in_channels, channels, norm)
+        self.branch1 = head_conv3x3(in_channels, channels, norm, separable=separable)
+        self.branch2 = head_conv3x3(in_channels, channels, norm, separable=separable)
+        self.branch3 = head_conv3x3(in_channels, channels, norm, separable=separable)
+        num_branches = 4 + image_level_features
+        self.projection = head_conv1x1(num_branches * channels, channels, norm)
+        self.dropout = nn.Dropout(dropout)
+        self.set_output_stride(output_stride)
+
+    def set_output_stride(self, output_stride: int) -> None:
+        """Set the branches' rates for features of this output stride."""
+        rates = atrous_rates(output_stride)
+        for branch, rate in zip((self.branch1, self.branch2, self.branch3), rates, strict=True):
+            branch.set_geometry(stride=1, rate=rate)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, D, H, W); ValueError when BN would train on one pooled value."""
+        branches = [self.branch0(x), self.branch1(x), self.branch2(x), self.branch3(x)]
+        if self.image_pooling is not None:
+            # First in the concatenation, as in the released weights.
+            branches.insert(0, self._pooled(x))
+        return self.dropout(self.projection(torch.cat(branches, dim=1)))
+
+    def _pooled(self, x: Tensor) -> Tensor:
+        assert self.image_pooling is not None
+        if self.image_pooling.norm.training and x.shape[0] == 1:
+            raise ValueError(
+                "image-level features cannot be batch-normalised over a batch of 1 image: give "
+                "each worker at least 2 at a time, or set model.batch_norm.frozen: true or "
+                "model.image_level_features: false"
+            )
+        pooled = self.image_pooling(x.mean(dim=(2, 3), keepdim=True))
+        return pooled.expand(-1, -1, *x.shape[2:])

@@ -1,0 +1,106 @@
+import pytest
+import torch
+from torch import nn
+
+from model.build import build_network, decay_groups, freeze_batch_norm
+from model.classifier import Classifier
+from model.config import ModelConfig
+from model.deeplab import DeepLab
+
+TINY = ModelConfig(width=0.0625, middle_units=1, aspp_channels=16)
+
+
+@pytest.mark.parametrize(
+    ("task", "kind", "output_stride"),
+    [
+        ("segmentation", DeepLab, 16),
+        ("classification", Classifier, 32),
+        ("multilabel", Classifier, 32),
+    ],
+)
+def test_network_and_output_stride_of_a_task(task, kind, output_stride):
+    network = build_network(TINY, task, 3)
+    assert isinstance(network, kind)
+    assert network.output_stride == output_stride
+    given = build_network(TINY.model_copy(update={"output_stride": 8}), task, 3)
+    assert given.output_stride == 8
+
+
+def test_wrong_task_and_class_count():
+    with pytest.raises(ValueError, match="'detection'"):
+        build_network(TINY, "detection", 3)
+    with pytest.raises(ValueError, match="num_classes is 0"):
+        build_network(TINY, "segmentation", 0)
+
+
+def test_the_seed_determines_the_weights():
+    states = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        states.append(build_network(TINY, "segmentation", 3).state_dict())
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert not torch.equal(states[0]["logits.weight"], states[2]["logits.weight"])
+
+
+def _decayed_names(network):
+    names = {id(parameter): name for name, parameter in network.named_parameters()}
+    decayed, rest = decay_groups(network, 4e-5)
+    assert (decayed["weight_decay"], rest["weight_decay"]) == (4e-5, 0.0)
+    together = [names[id(p)] for p in (*decayed["params"], *rest["params"])]
+    assert sorted(together) == sorted(names.values())
+    return {names[id(p)] for p in decayed["params"]}
+
+
+@pytest.mark.parametrize("task", ["segmentation", "classification"])
+@pytest.mark.parametrize("separable", [True, False])
+def test_only_dense_and_pointwise_weights_decay(task, separable):
+    network = build_network(TINY.model_copy(update={"separable": separable}), task, 3)
+    decayed = _decayed_names(network)
+    all_names = [name for name, _ in network.named_parameters()]
+    last = ("logits.weight", "classifier.weight")
+    expected = {
+        name
+        for name in all_names
+        if (name.endswith("conv.weight") and "depthwise" not in name) or name in last
+    }
+    assert decayed == expected
+    assert any("depthwise" in name for name in all_names)
+
+
+def test_what_decays_in_a_timm_network():
+    config = ModelConfig(backbone="timm:convnext_atto")
+    with torch.device("meta"):
+        network = build_network(config, "classification", 3)
+    decayed = _decayed_names(network)
+    decayed_kinds = {type(network.get_submodule(name.rsplit(".", 1)[0])) for name in decayed}
+    assert decayed_kinds == {nn.Conv2d, nn.Linear}
+    depthwise = [name for name in decayed if "conv_dw" in name]
+    assert not depthwise
+
+
+def test_parameters_that_do_not_train_are_left_out():
+    network = build_network(TINY, "segmentation", 3)
+    network.backbone.requires_grad_(False)
+    grouped = sum(len(group["params"]) for group in decay_groups(network, 4e-5))
+    assert grouped == sum(p.requires_grad for p in network.parameters())
+    assert grouped < len([*network.parameters()])
+
+
+@pytest.mark.parametrize("config", [TINY, ModelConfig(backbone="timm:test_resnet")])
+def test_frozen_batch_norm_keeps_statistics_and_trains_gamma_and_beta(config):
+    torch.manual_seed(0)
+    network = build_network(config, "segmentation", 3).train()
+    freeze_batch_norm(network)
+    before = {name: tensor.clone() for name, tensor in network.named_buffers()}
+    network(torch.rand(1, 3, 33, 33) * 255).square().mean().backward()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.named_buffers())
+    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert norms
+    assert all(norm.weight.grad is not None and norm.bias.grad is not None for norm in norms)
+    assert network.training
+    assert network.aspp.dropout.training
+
+    network.train()
+    network(torch.rand(2, 3, 33, 33) * 255)
+    changed = [name for name, t in network.named_buffers() if not torch.equal(t, before[name])]
+    assert len(changed) == 3 * len(norms)
