@@ -111,13 +111,11 @@ def lineage(
     ] = None,
 ) -> None:
     """Print the chain of a checkpoint back to raw data, with digests and metrics."""
-    from rich.console import Console
-
-    from orchestrator.lineage import as_tree, find_checkpoint, trace
+    from orchestrator.lineage import as_lines, find_checkpoint, trace
 
     place = storage or Path(os.environ.get("ATROUS_STORAGE") or "~/atrous")
     checkpoint = find_checkpoint(target, place.expanduser().absolute())
-    Console(soft_wrap=True).print(as_tree(trace(checkpoint)))
+    typer.echo("\n".join(as_lines(trace(checkpoint))))
 
 
 def main() -> None:

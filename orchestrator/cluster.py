@@ -1,8 +1,8 @@
 """The Ray cluster a job runs on: the one it was submitted to, or one of its own on this machine."""
 
+import logging
 import os
 from dataclasses import dataclass
-from typing import Any
 
 from orchestrator.config import Cluster
 from orchestrator.errors import RunError
@@ -33,14 +33,39 @@ def needed(cluster: Cluster) -> Resources:
     return Resources(cpus=workers * cluster.cpus_per_worker, gpus=workers * cluster.gpus_per_worker)
 
 
-def connect() -> tuple[Any, bool]:
+@dataclass(frozen=True, kw_only=True)
+class Connection:
+    """A cluster this process is connected to; `ours` ends with this process and cannot grow."""
+
+    ours: bool
+
+    @property
+    def total(self) -> Resources:
+        """What the cluster has at present, free or not."""
+        import ray
+
+        total = ray.cluster_resources()
+        return Resources(cpus=total.get("CPU", 0), gpus=total.get("GPU", 0))
+
+    def check_fits(self, stage: str, cluster: Cluster) -> None:
+        """Refuse a stage that a cluster of fixed size can never run.
+
+        Raises:
+            RunError: names what is missing and the cure.
+        """
+        need = needed(cluster)
+        if self.ours and not self.total.covers(need):
+            raise RunError(
+                f"{stage}: cluster: {cluster.min_workers} workers need {need}, this machine has "
+                f"{self.total}; lower cluster.workers or gpus_per_worker, or submit to a cluster"
+            )
+
+
+def connect() -> Connection:
     """Connect to the cluster in RAY_ADDRESS (set in every Ray job), else start one here.
 
     Our own cluster runs without a token: with one, Ray would leave a token file in the home
     directory that changes how every later `ray start` and `ray job submit` behaves.
-
-    Returns:
-        The ray module, and whether the cluster is ours (it then ends with this process).
     """
     ours = not os.environ.get("RAY_ADDRESS")
     if ours:
@@ -50,27 +75,12 @@ def connect() -> tuple[Any, bool]:
 
     if not ray.is_initialized():
         if ours:
-            ray.init(address="local", include_dashboard=False, log_to_driver=False)
+            ray.init(
+                address="local",
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.WARNING,
+            )
         else:
-            ray.init(log_to_driver=False)
-    return ray, ours
-
-
-def resources(ray: Any) -> Resources:
-    """What the cluster has in all."""
-    total = ray.cluster_resources()
-    return Resources(cpus=total.get("CPU", 0), gpus=total.get("GPU", 0))
-
-
-def check_fits(stage: str, cluster: Cluster, available: Resources) -> None:
-    """Refuse a stage that a cluster of fixed size can never run.
-
-    Raises:
-        RunError: names what is missing and the cure.
-    """
-    need = needed(cluster)
-    if not available.covers(need):
-        raise RunError(
-            f"{stage}: cluster: {cluster.min_workers} workers need {need}, this machine has "
-            f"{available}; lower cluster.workers or gpus_per_worker, or submit to a larger cluster"
-        )
+            ray.init(log_to_driver=False, logging_level=logging.WARNING)
+    return Connection(ours=ours)

@@ -4,8 +4,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.tree import Tree
-
 from orchestrator.checkpoint import Checkpoint, newest_checkpoint, read_checkpoint
 from orchestrator.errors import CheckpointError
 from orchestrator.files import read_json
@@ -65,37 +63,28 @@ def trace(checkpoint: Checkpoint) -> Link:
     return Link(checkpoint=checkpoint, run_id=run_id, parent=parent, broken=broken)
 
 
-def as_tree(link: Link) -> Tree:
-    """For the terminal."""
-    return _add(None, link)
-
-
-def _add(tree: Tree | None, link: Link) -> Tree:
+def as_lines(link: Link) -> list[str]:
+    """The chain as text, each stage indented under the one that started from it."""
     state = link.checkpoint.state
-    label = (
-        f"[bold]{state['stage']}[/bold] step {state['step']}: {_metrics(state)}\n"
-        f"checkpoint {link.checkpoint.path}\n"
-        f"weights sha256 {link.checkpoint.digest}\n"
-        f"MLflow run {link.run_id or 'not tracked'}"
-    )
-    node = tree.add(label, highlight=False) if tree else Tree(label, highlight=False)
+    lines = [
+        f"{state['stage']} step {state['step']}: {_metrics(state)}",
+        f"  checkpoint {link.checkpoint.path}",
+        f"  weights sha256 {link.checkpoint.digest}",
+        f"  MLflow run {link.run_id or 'not tracked'}",
+    ]
     for role, data in state["data"].items():
-        text = f"{role} data {data['dataset']}/{data['split']}: {data['num_samples']} samples"
-        if data["skipped"]:
-            text += f" ({data['skipped']} broken inputs left out)"
-        branch = node.add(f"{text}, manifest {data['digest']}", highlight=False)
-        branch.add(f"raw data: {data['format']} layout in {data['source']}", highlight=False)
+        text = f"{data['dataset']}/{data['split']}: {data['num_samples']} samples"
+        skipped = f", {data['skipped']} broken inputs left out" if data["skipped"] else ""
+        lines.append(f"  {role} data {text}{skipped}, manifest {data['digest']}")
+        lines.append(f"    raw data: {data['format']} layout in {data['source']}")
     if link.parent:
-        take = state["parents"][0]["take"]
-        _add(node.add(f"took the {take} of", highlight=False), link.parent)
-    elif link.broken:
-        node.add(f"[red]chain broken: {link.broken}[/red]")
-    else:
-        for record in state["parents"]:
-            node.add(f"started from {record['weights']} (sha256 {record['digest']})")
-        if not state["parents"]:
-            node.add("started from scratch (random initialisation)")
-    return node
+        lines.append(f"  took the {state['parents'][0]['take']} of")
+        return lines + [f"    {line}" for line in as_lines(link.parent)]
+    if link.broken:
+        return [*lines, f"  chain broken: {link.broken}"]
+    for record in state["parents"]:
+        lines.append(f"  started from {record['weights']} (sha256 {record['digest']})")
+    return lines if state["parents"] else [*lines, "  started from scratch (random initialisation)"]
 
 
 def _metrics(state: Any) -> str:

@@ -2,8 +2,9 @@
 
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,45 +29,6 @@ from orchestrator.tracking import Tracker
 _TICK = 0.5  # seconds between looks at running stages
 
 
-@dataclass(kw_only=True)
-class _Branch:
-    """A stage that is running in a thread of its own."""
-
-    planned: PlannedStage
-    takes: Resources
-    thread: threading.Thread | None = None
-    outcome: StageResult | Exception | None = None
-
-
-@dataclass(kw_only=True)
-class _Schedule:
-    """Which stages wait, run, are done, or cannot run any more."""
-
-    waiting: list[StageSettings]
-    running: list[_Branch] = field(default_factory=list)
-    done: dict[str, StageResult] = field(default_factory=dict)
-    failed: dict[str, str] = field(default_factory=dict)
-
-    def ready(self) -> list[StageSettings]:
-        """Waiting stages whose predecessors are done."""
-        blocked = {stage.name for stage in self.waiting} | {
-            branch.planned.stage.name for branch in self.running
-        }
-        return [stage for stage in self.waiting if predecessor(stage) not in blocked - {stage.name}]
-
-    def drop_orphans(self) -> None:
-        """Give up the stages whose predecessor failed."""
-        for stage in list(self.waiting):
-            if predecessor(stage) in self.failed:
-                self.waiting.remove(stage)
-                self.failed[stage.name] = f"not run: {predecessor(stage)} failed"
-
-
-def predecessor(stage: StageSettings) -> str | None:
-    """What a stage starts from, as its job file says."""
-    return stage.start_from.checkpoint if stage.start_from else None
-
-
 def run_job(job: Job, display: Display) -> list[StageResult]:
     """Run a stage or a pipeline to its end; what was done before is found and not done again.
 
@@ -77,7 +39,7 @@ def run_job(job: Job, display: Display) -> list[StageResult]:
     storage = Path(job.storage)
     storage.mkdir(parents=True, exist_ok=True)
     if isinstance(job, StageJob):
-        return _run_stages((job.settings,), job, display, None)
+        return _Graph((job.settings,), job, display).run()
     prepare_datasets(job, display)
     record = job.model_dump(mode="json")
     fingerprint = digest(record | {"storage": None, "data_root": None})
@@ -89,7 +51,7 @@ def run_job(job: Job, display: Display) -> list[StageResult]:
         )
         tracker = Tracker(storage, parent)
         try:
-            results = _run_stages(job.stages, job, display, tracker)
+            results = _Graph(job.stages, job, display, tracker).run()
             parent.update(status="finished")
         except Exception:
             parent.update(status="failed")
@@ -127,96 +89,129 @@ def _source(wanted: Prepared, raw: Path) -> Path:
         raise DataError(f"synthesize: {options}: {error}") from None
 
 
-def _run_stages(
-    stages: Sequence[StageSettings], job: Job, display: Display, parent: Tracker | None
-) -> list[StageResult]:
-    schedule = _Schedule(waiting=list(stages))
-    get_cluster = _lazy_cluster()
-    while schedule.waiting or schedule.running:
-        for stage in schedule.ready():
-            _start_if_possible(stage, schedule, job, display, parent, get_cluster)
-        schedule.drop_orphans()
-        if schedule.running:
-            time.sleep(_TICK)
-        display.update([branch.planned for branch in schedule.running])
-        for branch in [b for b in schedule.running if b.outcome is not None]:
-            _finish(branch, schedule, display)
-    if schedule.failed:
-        lines = [f"{name}: {reason}" for name, reason in schedule.failed.items()]
-        raise StageFailed("\n".join(lines))
-    return [schedule.done[stage.name] for stage in stages]
+@dataclass(kw_only=True)
+class _Branch:
+    """A stage that is running in a thread of its own."""
+
+    planned: PlannedStage
+    needs: Resources
+    outcome: StageResult | Exception | None = None
 
 
-def _lazy_cluster() -> Callable[[], tuple[Resources, bool]]:
-    """Connect at the first stage that trains on Ray; a job of finished stages needs no cluster."""
+class _Graph:
+    """The stages of a job: which wait, run, are done, or cannot run any more."""
 
-    def get() -> tuple[Resources, bool]:
-        ray, ours = cluster.connect()
-        return cluster.resources(ray), ours
+    def __init__(
+        self,
+        stages: Sequence[StageSettings],
+        job: Job,
+        display: Display,
+        parent: Tracker | None = None,
+    ) -> None:
+        self._stages = stages
+        self._storage = Path(job.storage)
+        self._data_directory = job.data_directory
+        self._display = display
+        self._parent = parent
+        self._waiting = list(stages)
+        self._running: list[_Branch] = []
+        self._done: dict[str, StageResult] = {}
+        self._failed: dict[str, str] = {}
 
-    return get
+    def run(self) -> list[StageResult]:
+        """Run all that can run; the results in the order of the job file."""
+        while self._waiting or self._running:
+            for stage in self._ready():
+                self._try_to_start(stage)
+            if self._running:
+                time.sleep(_TICK)
+            self._display.update([branch.planned for branch in self._running])
+            for branch in [branch for branch in self._running if branch.outcome is not None]:
+                self._running.remove(branch)
+                self._settle(branch)
+        if self._failed:
+            raise StageFailed("\n".join(f"{name}: {why}" for name, why in self._failed.items()))
+        return [self._done[stage.name] for stage in self._stages]
 
+    def _ready(self) -> list[StageSettings]:
+        """Waiting stages whose predecessor is done; those whose predecessor failed are given up."""
+        for stage in [s for s in self._waiting if _predecessor(s) in self._failed]:
+            self._give_up(stage.name, f"not run: {_predecessor(stage)} failed")
+        unfinished = {stage.name for stage in self._waiting}
+        unfinished |= {branch.planned.stage.name for branch in self._running}
+        return [stage for stage in self._waiting if _predecessor(stage) not in unfinished]
 
-def _start_if_possible(
-    stage: StageSettings,
-    schedule: _Schedule,
-    job: Job,
-    display: Display,
-    parent: Tracker | None,
-    get_cluster: Callable[[], tuple[Resources, bool]],
-) -> None:
-    """Start a ready stage, take its earlier result, or leave it waiting for room."""
-    exclusive = stage.cluster.min_workers == 0
-    if schedule.running and (exclusive or any(not b.takes.cpus for b in schedule.running)):
-        return  # a stage in this process has the process for itself
-    planned = plan_stage(stage, Path(job.storage), job.data_directory)
-    earlier = finished_result(planned)
-    takes = cluster.needed(stage.cluster)
-    if earlier is None and not exclusive:
-        total, ours = get_cluster()
-        if ours:
-            cluster.check_fits(stage.name, stage.cluster, total)
-        for branch in schedule.running:
-            total = total - branch.takes
-        if schedule.running and not total.covers(takes):
+    def _try_to_start(self, stage: StageSettings) -> None:
+        """Start a ready stage, take its earlier result, or leave it waiting for room."""
+        if not self._has_room(cluster.needed(stage.cluster)):
             return
-    schedule.waiting.remove(stage)
-    if earlier is not None:
-        schedule.done[stage.name] = earlier
-        display.finished(earlier)
-        return
-    branch = _Branch(planned=planned, takes=takes)
-    branch.thread = threading.Thread(
-        target=_train, args=(branch, Path(job.storage), parent), name=stage.name, daemon=True
-    )
-    schedule.running.append(branch)
-    display.started(planned)
-    branch.thread.start()
+        try:
+            planned = plan_stage(stage, self._storage, self._data_directory)
+            earlier = finished_result(planned)
+            if earlier is None and stage.cluster.min_workers:
+                self._cluster.check_fits(stage.name, stage.cluster)
+        except (AtrousError, DataError) as error:
+            self._give_up(stage.name, str(error).removeprefix(f"{stage.name}: "))
+            return
+        self._waiting = [other for other in self._waiting if other.name != stage.name]
+        if earlier is not None:
+            self._done[stage.name] = earlier
+            self._display.finished(earlier)
+        else:
+            self._start(_Branch(planned=planned, needs=cluster.needed(stage.cluster)))
+
+    def _has_room(self, needs: Resources) -> bool:
+        """Whether a stage fits beside the running ones; one in this process runs alone."""
+        if not self._running:
+            return True
+        if not needs.cpus or any(not branch.needs.cpus for branch in self._running):
+            return False
+        free = self._cluster.total
+        for branch in self._running:
+            free = free - branch.needs
+        return free.covers(needs)
+
+    @cached_property
+    def _cluster(self) -> cluster.Connection:
+        """Connected at the first stage that trains on Ray: finished jobs need no cluster."""
+        return cluster.connect()
+
+    def _start(self, branch: _Branch) -> None:
+        self._running.append(branch)
+        self._display.started(branch.planned)
+        name = branch.planned.stage.name
+        threading.Thread(target=self._train, args=(branch,), name=name, daemon=True).start()
+
+    def _train(self, branch: _Branch) -> None:
+        planned = branch.planned
+        try:
+            with planned.run.lock():
+                open_run(planned)
+                tracker = Tracker(self._storage, planned.run, self._parent)
+                try:
+                    outcome: StageResult | Exception = train_stage(planned)
+                finally:
+                    tracker.close()
+        except Exception as error:  # told by the main thread, whatever it is
+            outcome = error
+        branch.outcome = outcome
+
+    def _settle(self, branch: _Branch) -> None:
+        name, outcome = branch.planned.stage.name, branch.outcome
+        if isinstance(outcome, StageResult):
+            self._done[name] = outcome
+            self._display.finished(outcome)
+        elif isinstance(outcome, AtrousError):
+            self._give_up(name, str(outcome).removeprefix(f"{name}: "))
+        elif outcome is not None:
+            raise outcome
+
+    def _give_up(self, name: str, reason: str) -> None:
+        self._waiting = [stage for stage in self._waiting if stage.name != name]
+        self._failed[name] = reason
+        self._display.failed(name, reason)
 
 
-def _train(branch: _Branch, storage: Path, parent: Tracker | None) -> None:
-    planned = branch.planned
-    try:
-        with planned.run.lock():
-            open_run(planned)
-            tracker = Tracker(storage, planned.run, parent)
-            try:
-                outcome: StageResult | Exception = train_stage(planned)
-            finally:
-                tracker.close()
-    except Exception as error:  # reported by the main thread, whatever it is
-        outcome = error
-    branch.outcome = outcome
-
-
-def _finish(branch: _Branch, schedule: _Schedule, display: Display) -> None:
-    schedule.running.remove(branch)
-    name = branch.planned.stage.name
-    if isinstance(branch.outcome, StageResult):
-        schedule.done[name] = branch.outcome
-        display.finished(branch.outcome)
-    elif isinstance(branch.outcome, AtrousError):
-        schedule.failed[name] = str(branch.outcome).removeprefix(f"{name}: ")
-        display.failed(name, schedule.failed[name])
-    elif branch.outcome is not None:
-        raise branch.outcome
+def _predecessor(stage: StageSettings) -> str | None:
+    """What a stage starts from, as its job file says."""
+    return stage.start_from.checkpoint if stage.start_from else None

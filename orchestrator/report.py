@@ -121,7 +121,8 @@ class Display:
 
     def failed(self, name: str, reason: str) -> None:
         """A stage failed."""
-        self._progress.remove_task(self._tasks.pop(name))
+        if name in self._tasks:
+            self._progress.remove_task(self._tasks.pop(name))
         self.say(f"[red]{name}: failed:[/red] {reason}")
 
 

@@ -9,7 +9,6 @@ from typing import Any
 
 from data_pipeline.config import as_size
 from data_pipeline.dataset import Dataset, open_dataset
-from data_pipeline.plan import Plan
 from orchestrator.checkpoint import Checkpoint, newest_checkpoint
 from orchestrator.config import StageSettings
 from orchestrator.duration import to_steps
@@ -80,12 +79,6 @@ def plan_stage(stage: StageSettings, storage: Path, data_directory: Path) -> Pla
             "start": [start.digest, start.take] if start else None,
         }
     )
-    plan = Plan(
-        shard_samples=[shard.num_samples for shard in train.manifest.shards],
-        block_size=stage.data.train.block_size,
-        seed=stage.seed,
-        global_batch=stage.global_batch,
-    )
     return PlannedStage(
         stage=stage,
         data_directory=data_directory,
@@ -93,7 +86,7 @@ def plan_stage(stage: StageSettings, storage: Path, data_directory: Path) -> Pla
         val=val,
         start=start,
         hand_over=hand_over,
-        steps=to_steps(stage.duration, plan.steps_per_epoch),
+        steps=to_steps(stage.duration, train.num_samples // stage.global_batch),
         fingerprint=fingerprint,
         run=run_directory(storage, stage.name, fingerprint),
     )
@@ -107,13 +100,23 @@ def _check_data(stage: StageSettings, train: Dataset, val: Dataset) -> None:
                 f"{stage.name}: task: {stage.task!r}, but {manifest.dataset}/{manifest.split} "
                 f"is a data set of {manifest.task}"
             )
+    if train.num_samples < stage.global_batch:
+        raise RunError(
+            f"{stage.name}: {train.num_samples} samples do not fill a global batch of "
+            f"{stage.global_batch}; lower global_batch or add samples"
+        )
     if train.manifest.class_names != val.manifest.class_names:
         raise RunError(
             f"{stage.name}: data: train has {len(train.manifest.class_names)} classes, val has "
             f"{len(val.manifest.class_names)}, or their names differ; prepare both from one source"
         )
-    if stage.task != "segmentation":
-        return
+    if stage.task == "segmentation":
+        _check_pooling(stage)
+        _check_crop(stage, val)
+
+
+def _check_pooling(stage: StageSettings) -> None:
+    """Batch normalisation of one value per channel has no variance."""
     per_worker = stage.global_batch // max(1, stage.cluster.max_workers)
     pooled = stage.model.image_level_features and not stage.model.batch_norm.frozen
     if pooled and per_worker < 2:
@@ -123,15 +126,20 @@ def _check_data(stage: StageSettings, train: Dataset, val: Dataset) -> None:
             "features needs two; raise global_batch, lower cluster.workers, or set "
             "model.batch_norm.frozen"
         )
+
+
+def _check_crop(stage: StageSettings, val: Dataset) -> None:
+    """Evaluation pads images and never cuts them."""
     crop = stage.data.val.crop
-    if crop is not None:
-        height, width = as_size(crop)
-        largest = val.largest_size()
-        if height < largest[0] or width < largest[1]:
-            raise RunError(
-                f"{stage.name}: data.val.crop: {[height, width]} is smaller than the largest image "
-                f"{list(largest)} (height, width); images are never cut: raise it to that"
-            )
+    if crop is None:
+        return
+    height, width = as_size(crop)
+    largest = val.largest_size()
+    if height < largest[0] or width < largest[1]:
+        raise RunError(
+            f"{stage.name}: data.val.crop: {[height, width]} is smaller than the largest image "
+            f"{list(largest)} (height, width); images are never cut: raise it to that"
+        )
 
 
 def _check_hand_over(stage: StageSettings, start: Start, train: Dataset) -> HandOver:

@@ -13,8 +13,8 @@ os.environ.pop("MLFLOW_TRACKING_URI", None)
 TINY_COUNTS = {
     "imagenet/train": 48,
     "imagenet/val": 16,
-    "coco/train": 24,
-    "coco/val": 8,
+    "coco/train": 80,
+    "coco/val": 24,
     "voc/train": 24,
     "voc/val": 9,
     "voc/extra": 8,

@@ -132,7 +132,9 @@ def test_truncated_masks_are_named(mode: str, share: float) -> None:
         decode_mask(data[: int(len(data) * share)], "bird17")
 
 
-def test_bombs_are_refused_before_decoding() -> None:
+def test_bombs_are_refused_before_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module, name in ((simplejpeg, "decode_jpeg"), (cv2, "imdecode"), (Image.Image, "convert")):
+        monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("decoded a bomb"))
     header = simplejpeg.encode_jpeg(SMOOTH)
     start = header.index(b"\xff\xc0") + 5
     bomb = header[:start] + struct.pack(">HH", 14_000, 14_000) + header[start + 4 :]

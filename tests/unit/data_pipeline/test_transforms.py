@@ -128,8 +128,8 @@ def test_each_scale_of_the_grid_is_equally_likely() -> None:
 
 
 def test_a_grid_that_rounds_badly_keeps_its_last_scale() -> None:
-    # (1.3 - 1.0) / 0.1 is below 3 in floating point
-    assert sorted(scales_drawn((1.0, 1.3), 0.1, 60)) == [1000, 1100, 1200, 1300]
+    assert (1.4 - 1.1) / 0.1 < 3
+    assert sorted(scales_drawn((1.1, 1.4), 0.1, 60)) == [1100, 1200, 1300, 1400]
 
 
 def test_step_zero_draws_from_the_whole_range() -> None:
@@ -225,11 +225,11 @@ def test_decoding_is_asked_for_what_the_crop_needs() -> None:
 
 
 def test_shrinking_does_not_alias() -> None:
-    """Stripes finer than the crop can show become even grey, not a pattern."""
+    """Stripes finer than the crop can show become their mean, neither vanish nor make patterns."""
     stripes = np.zeros((256, 256, 3), np.uint8)
-    stripes[:, ::2] = 255
+    stripes[:, ::4] = 255
     small = resize_window(whole(stripes), (256, 256), Window(0, 0, 256, 256), (64, 64))
-    assert np.abs(small.astype(int) - 127.5).max() <= 1
+    assert np.abs(small - 255 / 4).max() <= 1
 
 
 def test_flips_are_even_and_exact() -> None:

@@ -156,7 +156,9 @@ def test_any_value_is_accepted_or_refused_by_name(
 ) -> None:
     path = tmp_path_factory.mktemp("job") / "job.yaml"
     path.write_text(yaml.safe_dump(stage_job(Path("/d")) | {field: value}))
+    refusal = None
     try:
         load_job(path)
     except JobFileError as error:
-        assert str(path) in str(error)
+        refusal = str(error)
+    assert refusal is None or refusal.startswith(str(path))

@@ -1,0 +1,105 @@
+"""`ray job submit` of a pipeline against a live cluster."""
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from orchestrator.runs import all_runs
+from tests.unit.orchestrator.jobs import pipeline_job, write
+
+pytestmark = pytest.mark.cluster
+RAY = Path(sys.executable).with_name("ray")
+ROOT = Path(__file__).parents[2]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """A head node started in the project's directory; the environment to submit from."""
+    place = tmp_path_factory.mktemp("cluster")
+    dashboard = free_port()
+    environment = os.environ | {
+        "PATH": f"{RAY.parent}{os.pathsep}{os.environ['PATH']}",
+        "ATROUS_STORAGE": str(place / "storage"),
+        "RAY_AUTH_MODE": "disabled",
+    }
+    start = [RAY, "start", "--head", f"--port={free_port()}", f"--dashboard-port={dashboard}"]
+    start += ["--num-cpus=2", "--disable-usage-stats", "--block"]
+    log = (place / "head.log").open("w")
+    head = subprocess.Popen(
+        start, env=environment, cwd=ROOT, stdout=log, stderr=log, start_new_session=True
+    )
+    try:
+        yield environment | {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}"}
+    finally:
+        os.killpg(head.pid, 15)
+        head.wait(timeout=60)
+        log.close()
+
+
+def submit(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [str(RAY), "job", "submit", "--address", environment["RAY_API_SERVER_ADDRESS"]]
+    for _ in range(30):  # until the head answers
+        done = subprocess.run(
+            [*command, *arguments],
+            env=environment,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=500,
+            check=False,
+        )
+        if "Failed to connect" not in done.stderr + done.stdout:
+            return done
+    raise TimeoutError(done.stderr)
+
+
+@pytest.fixture(scope="module")
+def submitted(
+    cluster: dict[str, str], tiny_data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> subprocess.CompletedProcess[str]:
+    job = pipeline_job(tiny_data)
+    for stage in job["stages"]:
+        stage["cluster"] = {"workers": 2 if stage["name"] == "tiny-imagenet" else 1}
+    path = write(tmp_path_factory.mktemp("job") / "pipeline.yaml", job)
+    path.write_text(f"#!/usr/bin/env -S python -m orchestrator\n{path.read_text()}")
+    path.chmod(0o755)
+    return submit(cluster, "--working-dir", ".", "--", str(path))
+
+
+def test_a_pipeline_runs_on_the_cluster(
+    cluster: dict[str, str], submitted: subprocess.CompletedProcess[str]
+) -> None:
+    assert submitted.returncode == 0, submitted.stdout + submitted.stderr
+    runs = {run.read()["stage"]: run for run in all_runs(Path(cluster["ATROUS_STORAGE"]))}
+    assert {name for name, run in runs.items() if run.finished} == {
+        "tiny-imagenet",
+        "tiny-coco",
+        "tiny-voc",
+    }
+    assert "tiny-voc: done" in submitted.stdout
+
+
+def test_a_failing_stage_fails_the_job(
+    cluster: dict[str, str],
+    submitted: subprocess.CompletedProcess[str],
+    tiny_data: Path,
+    tmp_path: Path,
+) -> None:
+    job = pipeline_job(tiny_data)
+    job["stages"] = [job["stages"][2]]
+    job["stages"][0] |= {"start_from": "nothing-of-that-name", "cluster": {"workers": 1}}
+    path = write(tmp_path / "failing.yaml", job)
+    done = submit(cluster, "--", f"{sys.executable} -m orchestrator run {path}")
+    assert done.returncode != 0
+    assert "no finished run of it under" in done.stdout

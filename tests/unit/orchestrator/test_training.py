@@ -1,0 +1,177 @@
+"""A stage in this process: exact after any kill, not run twice, refused when it cannot work."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_pipeline.errors import DataError
+from orchestrator import worker
+from orchestrator.config import StageSettings
+from orchestrator.errors import CheckpointError, RunError, StageFailed
+from orchestrator.runs import append_journal, read_journal
+from orchestrator.stage import (
+    PlannedStage,
+    StageResult,
+    finished_result,
+    open_run,
+    plan_stage,
+    train_stage,
+)
+from tests.unit.orchestrator.jobs import stage
+
+
+def plan(root: Path, storage: Path, task: str = "segmentation", **changes: Any) -> PlannedStage:
+    dataset = "tiny-voc" if task == "segmentation" else "tiny-imagenet"
+    settings = StageSettings.model_validate(stage("tiny", task, dataset, **changes))
+    return plan_stage(settings, storage, root)
+
+
+def run(planned: PlannedStage) -> StageResult:
+    open_run(planned)
+    return train_stage(planned)
+
+
+def series(planned: PlannedStage) -> list[tuple[int, dict[str, float]]]:
+    """What the journal says, without the timings."""
+    return [
+        (
+            record["step"],
+            {k: v for k, v in record["metrics"].items() if "second" not in k and "wait" not in k},
+        )
+        for record in read_journal(planned.run.journal)
+    ]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> PlannedStage:
+    planned = plan(tiny_data, tmp_path_factory.mktemp("undisturbed"))
+    run(planned)
+    return planned
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 4, 5, 6])
+def test_killed_at_any_step_equals_undisturbed(
+    undisturbed: PlannedStage,
+    tiny_data: Path,
+    tmp_path: Path,
+    step: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def die(path: Path, record: dict[str, Any]) -> None:
+        append_journal(path, record)
+        if record["step"] == step:
+            raise KeyboardInterrupt("killed")
+
+    planned = plan(tiny_data, tmp_path)
+    monkeypatch.setattr(worker, "append_journal", die)
+    with pytest.raises(KeyboardInterrupt):
+        run(planned)
+    monkeypatch.undo()
+    result = run(planned)
+    assert series(planned) == series(undisturbed)
+    expected = finished_result(undisturbed)
+    assert expected is not None
+    assert result.checkpoint.digest == expected.checkpoint.digest
+    assert result.metrics == expected.metrics
+    assert planned.run.read()["attempts"] == 2
+
+
+def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(
+    undisturbed: PlannedStage, tiny_data: Path, tmp_path: Path
+) -> None:
+    planned = plan(tiny_data, tmp_path)
+    newest = run(planned).checkpoint
+    (newest.path / "model.safetensors").write_bytes(b"rot")
+    assert finished_result(planned) is None
+    again = run(planned)
+    assert again.checkpoint.digest == newest.digest
+    assert series(planned) == series(undisturbed)
+
+
+def test_a_finished_stage_is_found_by_its_fingerprint(
+    undisturbed: PlannedStage, tiny_data: Path, tmp_path: Path
+) -> None:
+    storage = undisturbed.run.path.parents[1]
+    for same in ({}, {"log_every": 2}, {"checkpoint": {"every": 6}}, {"cluster": {"workers": 2}}):
+        found = finished_result(plan(tiny_data, storage, **same))
+        assert found is not None
+        assert found.reused
+    for other in ({"seed": 1}, {"optimizer": {"lr": 0.01}}, {"global_batch": 6}, {"steps": 7}):
+        assert finished_result(plan(tiny_data, storage, **other)) is None
+
+
+def test_training_learns(tiny_data: Path, tmp_path: Path) -> None:
+    settings = stage("tiny", "classification", "tiny-imagenet")
+    settings["data"]["train"] |= {"area": [0.9, 1.0], "flip": False}
+    planned = plan(
+        tiny_data,
+        tmp_path,
+        task="classification",
+        data=settings["data"],
+        steps=60,
+        optimizer={"lr": 0.2},
+        evaluate={"every": 60},
+        log_every=10,
+    )
+    run(planned)
+    losses = [metrics["train/loss"] for _, metrics in series(planned)]
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_frozen_batch_norm_keeps_its_statistics(tiny_data: Path, tmp_path: Path) -> None:
+    frozen = {"batch_norm": {"frozen": True}}
+    settings = stage("tiny", "segmentation", "tiny-voc")
+    planned = plan(tiny_data, tmp_path, model=settings["model"] | frozen, steps=2)
+    weights = run(planned).checkpoint.weights()
+    means = [tensor for name, tensor in weights.items() if name.endswith("running_mean")]
+    assert means
+    assert all(tensor.abs().max() == 0 for tensor in means)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"global_batch": 999}, RunError, "do not fill a global batch of 999"),
+        ({"start_from": {"checkpoint": "nowhere"}}, CheckpointError, "no finished run of it under"),
+        ({"start_from": {"checkpoint": "/no/where"}}, CheckpointError, "/no/where"),
+        (
+            {"global_batch": 1},
+            RunError,
+            "batch normalisation of the image-level features needs two",
+        ),
+    ],
+)
+def test_what_cannot_work_is_refused_before_it_starts(
+    tiny_data: Path, tmp_path: Path, changes: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        plan(tiny_data, tmp_path, **changes)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_data_that_is_not_there_or_does_not_fit(tiny_data: Path, tmp_path: Path) -> None:
+    settings = stage("tiny", "segmentation", "tiny-voc")
+    settings["data"]["val"]["crop"] = 33
+    with pytest.raises(RunError, match=r"data\.val\.crop: \[33, 33\] is smaller than the largest"):
+        plan_stage(StageSettings.model_validate(settings), tmp_path, tiny_data)
+    wrong = stage("tiny", "classification", "tiny-voc")
+    with pytest.raises(RunError, match="tiny-voc/train is a data set of segmentation"):
+        plan_stage(StageSettings.model_validate(wrong), tmp_path, tiny_data)
+    settings["data"]["train"]["split"] = "trian"
+    with pytest.raises(DataError, match="train"):
+        plan_stage(StageSettings.model_validate(settings), tmp_path, tiny_data)
+
+
+def test_a_failure_is_told_and_kept(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(worker, "save_checkpoint", fail)
+    planned = plan(tiny_data, tmp_path)
+    with pytest.raises(StageFailed, match="tiny: No space left on device"):
+        run(planned)
+    assert planned.run.read()["status"] == "failed"
+    assert "save_checkpoint" in (planned.run.path / "error.txt").read_text()
