@@ -109,10 +109,10 @@ def test_training_learns(tiny_data: Path, tmp_path: Path) -> None:
         tmp_path,
         task="classification",
         data=settings["data"],
-        steps=60,
+        steps=200,
         optimizer={"lr": 0.2},
-        evaluate={"every": 60},
-        log_every=10,
+        evaluate={"every": 200},
+        log_every=40,
     )
     run(planned)
     losses = [metrics["train/loss"] for _, metrics in series(planned)]
