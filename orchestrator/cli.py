@@ -87,18 +87,20 @@ def prepare(
     from orchestrator.report import Display
 
     console = Console()
-    with Display(console) as display, display.preparing(destination.name) as progress:
-        results = write(
-            layout,
-            source,
-            destination,
-            Settings(limit=limit, on_broken="skip" if skip_broken else "fail"),
-            splits=tuple(split) if split else None,
-            workers=workers,
-            progress=progress,
-        )
-    for name, manifest in results.items():
-        console.print(f"{name}: {manifest.num_samples} samples, manifest {manifest.digest}")
+    with Display(console) as display:
+        with display.preparing(destination.name) as progress:
+            manifests = write(
+                layout,
+                source,
+                destination,
+                Settings(limit=limit, on_broken="skip" if skip_broken else "fail"),
+                splits=tuple(split) if split else None,
+                workers=workers,
+                progress=progress,
+            )
+        display.prepared(manifests.values())
+        for name, manifest in manifests.items():
+            display.say(f"{name}: {manifest.num_samples} samples, manifest {manifest.digest}")
 
 
 @app.command()

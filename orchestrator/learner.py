@@ -36,7 +36,7 @@ class Learner:
         self._sums = torch.zeros(2, dtype=torch.float64, device=self._place.device)
         self._steps = 0
         self._waited = self._loader.wait_seconds
-        self._seconds = 0.0
+        self._began: float | None = None
 
     def backward(self, batch: Batch) -> None:
         """Gradients of the loss summed over the global batch and divided by its global count.
@@ -44,7 +44,8 @@ class Learner:
         DDP averages gradients over workers; the factor `world` turns that into their sum, so a
         sample weighs the same on whichever worker it landed.
         """
-        began = time.perf_counter()
+        if self._began is None:  # the wait for this batch came before
+            self._began = time.perf_counter() + self._waited - self._loader.wait_seconds
         place = self._place
         self._network.train()
         if self._frozen:
@@ -59,7 +60,6 @@ class Learner:
         global_count = place.sum(sums[1].clone()).clamp(min=1)
         (total * (place.world / global_count).to(total.dtype)).backward()
         self._steps += 1
-        self._seconds += time.perf_counter() - began
 
     def read_meters(self) -> Metrics:
         """Mean loss over the samples since the last reading; speed of training without evaluation;
@@ -67,7 +67,7 @@ class Learner:
         """
         total, count = self._place.sum(self._sums.clone()).tolist()
         waited = self._loader.wait_seconds - self._waited
-        seconds = self._seconds + waited
+        seconds = time.perf_counter() - (self._began or 0.0)
         metrics = {
             "train/loss": total / max(count, 1),
             "train/images_per_second": self._steps * self._global_batch / seconds,

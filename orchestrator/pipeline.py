@@ -67,7 +67,7 @@ def prepare_datasets(job: PipelineJob, display: Display) -> None:
 
     for name, wanted in job.datasets.items():
         with display.preparing(name) as progress:
-            prepare(
+            manifests = prepare(
                 wanted.format,
                 _source(wanted, job.data_directory / "raw" / name),
                 job.data_directory / name,
@@ -75,6 +75,7 @@ def prepare_datasets(job: PipelineJob, display: Display) -> None:
                 splits=wanted.splits,
                 progress=progress,
             )
+        display.prepared(manifests.values())
 
 
 def _source(wanted: Prepared, raw: Path) -> Path:

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from rich.table import Table
 
+from data_pipeline.manifest import Manifest
 from orchestrator.config import Job, PipelineJob, StageSettings
 from orchestrator.files import read_json
 from orchestrator.runs import read_journal
@@ -50,9 +51,11 @@ class Display:
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
 
-    def say(self, text: str) -> None:
+    def say(self, text: str, style: str = "") -> None:
         """One line above the bars."""
-        self._progress.console.print(text, highlight=False, soft_wrap=True)
+        self._progress.console.print(
+            text, style=style, markup=False, highlight=False, soft_wrap=True
+        )
 
     @contextmanager
     def preparing(self, name: str) -> Iterator[Callable[[str, int, int], None]]:
@@ -69,6 +72,17 @@ class Display:
         self._progress.remove_task(task)
         splits = ", ".join(f"{split} {count}" for split, count in counts.items()) or "there already"
         self.say(f"data {name}: {splits} ({time.monotonic() - began:.0f} s)")
+
+    def prepared(self, manifests: Iterable[Manifest]) -> None:
+        """What a person must know of prepared splits: inputs left out, unexpected counts."""
+        for manifest in manifests:
+            name = f"{manifest.dataset}/{manifest.split}"
+            for warning in manifest.source["warnings"]:
+                self.say(f"{name}: {warning}", "yellow")
+            for entry in manifest.source["skipped_items"][:10]:
+                self.say(f"{name}: left out {entry['key']}: {entry['reason']}", "yellow")
+            if manifest.source["skipped"]:
+                self.say(f"{name}: {manifest.source['skipped']} inputs left out", "yellow")
 
     def started(self, planned: PlannedStage) -> None:
         """A stage begins or goes on."""
@@ -123,7 +137,7 @@ class Display:
         """A stage failed."""
         if name in self._tasks:
             self._progress.remove_task(self._tasks.pop(name))
-        self.say(f"[red]{name}: failed:[/red] {reason}")
+        self.say(f"{name}: failed: {reason}", "red")
 
 
 def _detail(planned: PlannedStage, step: int, metrics: dict[str, float]) -> str:
