@@ -7,7 +7,7 @@ from typing import Any
 from orchestrator.checkpoint import Checkpoint, newest_checkpoint, read_checkpoint
 from orchestrator.errors import CheckpointError
 from orchestrator.files import read_json
-from orchestrator.runs import Run, all_runs
+from orchestrator.runs import Run, all_runs, run_directory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ def trace(checkpoint: Checkpoint) -> Link:
     if parents:
         record = parents[0]
         try:
-            earlier = read_checkpoint(Path(record["weights"]).parent, verify=False)
+            earlier = read_checkpoint(_parent_path(checkpoint, record), verify=False)
             if earlier.digest == record["digest"]:
                 parent = trace(earlier)
             else:
@@ -61,6 +61,16 @@ def trace(checkpoint: Checkpoint) -> Link:
         except CheckpointError as error:
             broken = str(error)
     return Link(checkpoint=checkpoint, run_id=run_id, parent=parent, broken=broken)
+
+
+def _parent_path(checkpoint: Checkpoint, record: dict[str, Any]) -> Path:
+    """Where a parent lies: beside this run if the storage was moved, else where it was."""
+    recorded = Path(record["weights"]).parent
+    if record["stage"] is None:
+        return recorded
+    storage = checkpoint.path.parents[3]
+    moved = run_directory(storage, record["stage"], record["fingerprint"]).checkpoints
+    return moved / recorded.name if moved.exists() else recorded
 
 
 def as_lines(link: Link) -> list[str]:

@@ -24,7 +24,7 @@ from orchestrator.stage import (
     plan_stage,
     train_stage,
 )
-from orchestrator.tracking import Tracker
+from orchestrator.tracking import Tracker, is_tracked
 
 _TICK = 0.5  # seconds between looks at running stages
 
@@ -147,7 +147,8 @@ class _Graph:
         if not self._has_room(cluster.needed(stage.cluster)):
             return
         try:
-            planned = plan_stage(stage, self._storage, self._data_directory)
+            results = {name: result.checkpoint for name, result in self._done.items()}
+            planned = plan_stage(stage, self._storage, self._data_directory, results)
             earlier = finished_result(planned)
             if earlier is None and stage.cluster.min_workers:
                 self._cluster.check_fits(stage.name, stage.cluster)
@@ -156,6 +157,8 @@ class _Graph:
             return
         self._waiting = [other for other in self._waiting if other.name != stage.name]
         if earlier is not None:
+            if not is_tracked(earlier.run):
+                Tracker(self._storage, earlier.run, self._parent).close()
             self._done[stage.name] = earlier
             self._display.finished(earlier)
         else:

@@ -1,7 +1,7 @@
 """What run records and checkpoints say of data and versions."""
 
 import platform
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from data_pipeline.dataset import Dataset
@@ -26,5 +26,12 @@ def versions() -> dict[str, str]:
     """Versions that a result may depend on."""
     packages = ("atrous", "torch", "ray", "mlflow", "timm", "numpy")
     return {"python": platform.python_version(), "machine": platform.machine()} | {
-        package: version(package) for package in packages
+        package: _version(package) for package in packages
     }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # Atrous itself, where a job brings it as its working directory
+        return "not installed"

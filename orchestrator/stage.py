@@ -2,9 +2,11 @@
 
 import time
 import traceback
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from data_pipeline.config import as_size
@@ -60,8 +62,15 @@ class StageResult:
         return dict(self.checkpoint.state["metrics"])
 
 
-def plan_stage(stage: StageSettings, storage: Path, data_directory: Path) -> PlannedStage:
+def plan_stage(
+    stage: StageSettings,
+    storage: Path,
+    data_directory: Path,
+    results: Mapping[str, Checkpoint] = MappingProxyType({}),
+) -> PlannedStage:
     """Resolve a stage's data and starting point, check that they fit, and name its run.
+
+    `results` are the checkpoints of the finished stages of the same job.
 
     Raises:
         DataError, CheckpointError, RunError: say what is wrong and the cure.
@@ -69,7 +78,7 @@ def plan_stage(stage: StageSettings, storage: Path, data_directory: Path) -> Pla
     train = open_dataset(data_directory, stage.data.train.dataset, stage.data.train.split)
     val = open_dataset(data_directory, stage.data.val.dataset, stage.data.val.split)
     _check_data(stage, train, val)
-    start = resolve_start(stage, storage)
+    start = resolve_start(stage, storage, results)
     hand_over = _check_hand_over(stage, start, train) if start else None
     fingerprint = digest(
         {

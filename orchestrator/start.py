@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from orchestrator.checkpoint import WEIGHTS, newest_checkpoint, read_checkpoint
+from orchestrator.checkpoint import WEIGHTS, Checkpoint, newest_checkpoint, read_checkpoint
 from orchestrator.config import StageSettings, StartFrom
 from orchestrator.errors import CheckpointError
 from orchestrator.files import sha256
@@ -73,8 +73,13 @@ def _tops(names: Mapping[str, str] | Sequence[str]) -> str:
     return ", ".join(sorted({name.split(".")[0] for name in names})) or "-"
 
 
-def resolve_start(stage: StageSettings, storage: Path) -> Start | None:
+def resolve_start(
+    stage: StageSettings, storage: Path, results: Mapping[str, Checkpoint]
+) -> Start | None:
     """The checkpoint a stage starts from, or None for random initialisation.
+
+    `results` are the checkpoints of the stages of the same job; a name that is not among them is
+    the newest finished run of that stage in the storage.
 
     Raises:
         CheckpointError: nothing of that name, not finished, or damaged.
@@ -82,6 +87,8 @@ def resolve_start(stage: StageSettings, storage: Path) -> Start | None:
     wanted = stage.start_from
     if wanted is None:
         return None
+    if wanted.checkpoint in results:
+        return _start(results[wanted.checkpoint], wanted, stage.task)
     path = Path(wanted.checkpoint).expanduser()
     if path.suffix == ".safetensors" or path.is_dir() or "/" in wanted.checkpoint:
         return _from_path(path.absolute(), wanted)
@@ -96,7 +103,7 @@ def _from_path(path: Path, wanted: StartFrom) -> Start:
     checkpoint = read_checkpoint(path) if (path / WEIGHTS).exists() else newest_checkpoint(path)
     if checkpoint is None:
         raise CheckpointError(f"start_from: {path}: holds no valid checkpoint")
-    return _start(checkpoint.path, checkpoint.digest, checkpoint.state, wanted, None)
+    return _start(checkpoint, wanted, None)
 
 
 def _from_stage(stage: StageSettings, wanted: StartFrom, storage: Path) -> Start:
@@ -117,16 +124,15 @@ def _from_stage(stage: StageSettings, wanted: StartFrom, storage: Path) -> Start
         raise CheckpointError(
             f"start_from: {wanted.checkpoint!r}: its checkpoints are gone or damaged"
         )
-    return _start(checkpoint.path, checkpoint.digest, checkpoint.state, wanted, stage.task)
+    return _start(checkpoint, wanted, stage.task)
 
 
-def _start(
-    path: Path, digest: str, state: Mapping[str, Any], wanted: StartFrom, task: str | None
-) -> Start:
+def _start(checkpoint: Checkpoint, wanted: StartFrom, task: str | None) -> Start:
+    state = checkpoint.state
     same_task = task is None or state["task"] == task
     return Start(
-        weights=str(path / WEIGHTS),
-        digest=digest,
+        weights=str(checkpoint.path / WEIGHTS),
+        digest=checkpoint.digest,
         take=wanted.take or ("network" if same_task else "backbone"),
         stage=state["stage"],
         step=state["step"],

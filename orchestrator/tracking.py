@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from orchestrator.runs import Run, read_journal
 log = logging.getLogger(__name__)
 
 EXPERIMENT = "atrous"
+_EVERY = 1.0  # seconds between looks at a run
 _BATCH = 1000  # metrics of one request; MLflow's limit
 _creation = threading.Lock()  # one thread at a time creates the database, the experiment, a parent
 
@@ -41,6 +41,12 @@ def run_link(uri: str, record: dict[str, Any]) -> str:
     return f"{base}/#/experiments/{record['experiment_id']}/runs/{record['run_id']}"
 
 
+def is_tracked(run: Run) -> bool:
+    """Whether MLflow has all of a run that has ended."""
+    record = read_json(run.tracking) or {}
+    return record.get("status") is not None and record.get("status") == run.read().get("status")
+
+
 class Tracker:
     """Mirrors one run directory to MLflow from a thread of its own."""
 
@@ -50,17 +56,17 @@ class Tracker:
         self._parent = parent
         self._uri = tracking_uri(storage)
         self._closing = threading.Event()
-        self._complete = threading.Event()
+        self._complete = False
         self._thread = threading.Thread(
             target=self._work, name=f"track {run.path.name}", daemon=True
         )
         self._thread.start()
 
-    def close(self, timeout: float = 60) -> None:
-        """Send the rest; after `timeout` seconds leave it in the journal and say so."""
+    def close(self) -> None:
+        """Send the rest; what the server does not take stays in the journal, and that is said."""
         self._closing.set()
-        self._thread.join(timeout)
-        if not self._complete.is_set():
+        self._thread.join()
+        if not self._complete:
             log.warning(
                 "MLflow at %s does not have all of %s; the same command sends the rest",
                 self._uri,
@@ -68,21 +74,17 @@ class Tracker:
             )
 
     def _work(self) -> None:
-        delay = 1.0
-        while True:
+        delay = _EVERY
+        closing = False
+        while not closing:
             closing = self._closing.wait(delay)
             try:
                 self._synchronise()
-                delay = 1.0
-                if closing:
-                    self._complete.set()
-                    return
+                delay, self._complete = _EVERY, closing
             except Exception as error:  # anything a store or the network can raise
-                if delay == 1.0:
-                    log.warning("MLflow at %s: %s; trying again", self._uri, _first_line(error))
-                delay = min(30.0, delay * 2)
-                if closing:
-                    time.sleep(2.0)
+                if delay == _EVERY:
+                    log.warning("MLflow at %s: %s", self._uri, _first_line(error))
+                delay = min(60.0, delay * 2)
 
     def _synchronise(self) -> None:
         client = self._client()
@@ -98,6 +100,9 @@ class Tracker:
 
     def _client(self) -> Any:
         os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+        # A server that does not answer is tried again later; MLflow itself would try for minutes.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
         with _creation:
             import mlflow
 

@@ -49,6 +49,19 @@ def wait_for_step(storage: Path, step: int, seconds: float = 240) -> Run:
     raise TimeoutError(f"no step {step} under {storage} after {seconds} s")
 
 
+def descendants(pid: int) -> list[tuple[int, str]]:
+    """Process id and command of all processes below one."""
+    listing = subprocess.run(
+        ["ps", "-eo", "pid=,ppid=,args="], capture_output=True, text=True, check=True
+    )
+    rows = [line.split(None, 2) for line in listing.stdout.splitlines()]
+    found, parents = [], {pid}
+    while new := [row for row in rows if int(row[1]) in parents and row not in found]:
+        found += new
+        parents = {int(row[0]) for row in new}
+    return [(int(row[0]), row[2]) for row in found]
+
+
 def series(run: Run) -> list[tuple[int, str]]:
     """The journal without timings."""
     return [

@@ -7,10 +7,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import pytest
 
-from tests.cluster.conftest import only_run, series, wait_for_step
+from tests.cluster.conftest import descendants, only_run, series, wait_for_step
 from tests.unit.orchestrator.jobs import stage_job, write
 
 pytestmark = pytest.mark.cluster
@@ -84,13 +83,9 @@ def test_kill_9_of_a_worker_is_survived(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     run = wait_for_step(storage, 60)
-    workers = [
-        child
-        for child in psutil.Process(process.pid).children(recursive=True)
-        if "RayTrainWorker" in " ".join(child.cmdline())
-    ]
+    workers = [pid for pid, command in descendants(process.pid) if "RayTrainWorker" in command]
     assert len(workers) == 2
-    os.kill(workers[1].pid, signal.SIGKILL)
+    os.kill(workers[1], signal.SIGKILL)
     output, _ = process.communicate(timeout=400)
     assert process.returncode == 0, output
     assert run.finished

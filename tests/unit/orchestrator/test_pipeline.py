@@ -1,6 +1,7 @@
 """A pipeline in this process, end to end: stages, tracking, lineage, doing nothing twice."""
 
 import io
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,39 @@ def test_a_changed_stage_runs_alone(ran: Ran) -> None:
     job = load_job(ran.job_file, ("stages.tiny-voc.optimizer.lr=0.01",))
     results, _ = run(job)
     assert [result.reused for result in results] == [False, True, True]
+
+
+def test_a_pipeline_hands_over_its_own_results_not_the_newest(ran: Ran) -> None:
+    changed, _ = run(load_job(ran.job_file, ("stages.tiny-coco.seed=5",)))
+    assert [result.reused for result in changed] == [False, False, True]
+    results, _ = run(load_job(ran.job_file))
+    assert all(result.reused for result in results)
+    assert results[0].checkpoint.digest == ran.results["tiny-voc"].checkpoint.digest
+
+
+def test_a_moved_storage_keeps_its_lineage(ran: Ran, tmp_path: Path) -> None:
+    shutil.copytree(ran.storage / "runs", tmp_path / "moved" / "runs")
+    link = trace(find_checkpoint(ran.results["tiny-voc"].run.path.name, tmp_path / "moved"))
+    assert link.parent is not None
+    assert link.parent.checkpoint.path.is_relative_to(tmp_path / "moved")
+
+
+def test_a_dead_tracking_server_delays_what_it_shows_only(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = pipeline_job(tiny_data) | {"storage": str(tmp_path / "storage")}
+    job["stages"] = job["stages"][2:]
+    path = write(tmp_path / "job.yaml", job)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    results, output = run(load_job(path))
+    assert not results[0].reused
+    assert "not yet sent" in output
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    results, output = run(load_job(path))
+    assert results[0].reused
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path / 'storage' / 'mlflow.db'}")
+    history = client.get_metric_history(_run_id(results[0]), "train/loss")
+    assert [point.step for point in history] == [1, 2, 3, 4, 5, 6]
 
 
 def test_mlflow_has_the_runs_linked(ran: Ran) -> None:
