@@ -19,8 +19,11 @@ def environment(tmp_path: Path) -> dict[str, str]:
     return os.environ | {"ATROUS_STORAGE": str(tmp_path / "storage"), "PYTHONUNBUFFERED": "1"}
 
 
+Atrous = Callable[..., subprocess.CompletedProcess[str]]
+
+
 @pytest.fixture
-def atrous(environment: dict[str, str]) -> Callable[..., subprocess.CompletedProcess[str]]:
+def atrous(environment: dict[str, str]) -> Atrous:
     """Run `atrous ARGUMENTS` to its end."""
 
     def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:

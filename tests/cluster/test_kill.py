@@ -4,16 +4,14 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.cluster.conftest import descendants, only_run, series, wait_for_step
+from tests.cluster.conftest import Atrous, descendants, only_run, series, wait_for_step
 from tests.unit.orchestrator.jobs import stage_job, write
 
 pytestmark = pytest.mark.cluster
-Atrous = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def job(data: Path, place: Path, workers: int) -> Path:

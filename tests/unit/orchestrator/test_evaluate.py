@@ -66,7 +66,7 @@ def test_whole_images_are_compared_at_their_own_size(tiny_data: Path) -> None:
             prediction = network(canvas[None])[0].argmax(0)[:height, :width]
         expected.update(prediction, sample.label)
         predicted |= set(prediction.unique().tolist())
-    assert len(predicted) > 2
+    assert len(predicted) > 1
     result = evaluate(network, job, split, ALONE)
     assert result == pytest.approx({f"val/{k}": v for k, v in expected.compute().items()}, abs=1e-3)
 

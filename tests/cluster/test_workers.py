@@ -1,0 +1,37 @@
+"""Two workers compute what one computes."""
+
+from pathlib import Path
+
+import pytest
+
+from orchestrator.runs import Run, read_journal
+from tests.cluster.conftest import Atrous, only_run
+from tests.unit.orchestrator.jobs import stage, write
+
+pytestmark = pytest.mark.cluster
+
+
+def test_two_workers_give_the_losses_of_one(
+    tiny_data: Path, tmp_path: Path, atrous: Atrous, environment: dict[str, str]
+) -> None:
+    """Unequal parts (5 slots over 2 workers), unequal counts of labelled pixels, one loss.
+
+    Batch norm is frozen and dropout off: their statistics and masks are each worker's own.
+    """
+    settings = stage("tiny-voc", "segmentation", "tiny-voc")
+    job = {"kind": "stage", "data_root": str(tiny_data)} | settings
+    job["model"] |= {"batch_norm": {"frozen": True}, "dropout": 0.0}
+    job |= {"global_batch": 5, "steps": 8}
+    journals = []
+    for workers in (0, 2):
+        environment["ATROUS_STORAGE"] = str(tmp_path / str(workers))
+        job["cluster"] = {"workers": workers}
+        done = atrous("run", write(tmp_path / "job.yaml", job))
+        assert done.returncode == 0, done.stdout + done.stderr
+        run = only_run(tmp_path / str(workers))
+        assert isinstance(run, Run)
+        journals.append(read_journal(run.journal))
+    for one, two in zip(*journals, strict=True):
+        assert one["step"] == two["step"]
+        for key in ("train/loss", "val/miou", "val/pixel_accuracy"):
+            assert one["metrics"].get(key) == pytest.approx(two["metrics"].get(key), rel=1e-4)
