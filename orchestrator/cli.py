@@ -48,7 +48,7 @@ def run(
     with Display(console) as display:
         results = run_job(job, display)
     for part in result_table(results, Path(job.storage)):
-        console.print(part, soft_wrap=isinstance(part, str), highlight=False)
+        console.print(part, soft_wrap=isinstance(part, str), markup=False, highlight=False)
 
 
 @data.command()

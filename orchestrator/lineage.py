@@ -7,6 +7,7 @@ from typing import Any
 from orchestrator.checkpoint import Checkpoint, newest_checkpoint, read_checkpoint
 from orchestrator.errors import CheckpointError
 from orchestrator.files import read_json
+from orchestrator.record import headline
 from orchestrator.runs import Run, all_runs, run_directory
 
 
@@ -77,7 +78,7 @@ def as_lines(link: Link) -> list[str]:
     """The chain as text, each stage indented under the one that started from it."""
     state = link.checkpoint.state
     lines = [
-        f"{state['stage']} step {state['step']}: {_metrics(state)}",
+        f"{state['stage']} step {state['step']}: {headline(state)}",
         f"  checkpoint {link.checkpoint.path}",
         f"  weights sha256 {link.checkpoint.digest}",
         f"  MLflow run {link.run_id or 'not tracked'}",
@@ -95,8 +96,3 @@ def as_lines(link: Link) -> list[str]:
     for record in state["parents"]:
         lines.append(f"  started from {record['weights']} (sha256 {record['digest']})")
     return lines if state["parents"] else [*lines, "  started from scratch (random initialisation)"]
-
-
-def _metrics(state: Any) -> str:
-    headline = {k: v for k, v in state["metrics"].items() if "/iou/" not in k}
-    return ", ".join(f"{key} {value:.4f}" for key, value in headline.items())

@@ -75,7 +75,8 @@ def prepare_datasets(job: PipelineJob, display: Display) -> None:
                 splits=wanted.splits,
                 progress=progress,
             )
-        display.prepared(manifests.values())
+        if wanted.source is not None:  # drawn data sets never have the official counts
+            display.prepared(manifests.values())
 
 
 def _source(wanted: Prepared, raw: Path) -> Path:

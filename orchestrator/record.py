@@ -1,10 +1,23 @@
-"""What run records and checkpoints say of data and versions."""
+"""What run records and checkpoints say of metrics, data and versions."""
 
 import platform
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from data_pipeline.dataset import Dataset
+
+HEADLINE = {
+    "segmentation": "val/miou",
+    "classification": "val/top1",
+    "multilabel": "val/mean_average_precision",
+}
+
+
+def headline(state: Mapping[str, Any]) -> str:
+    """The metric that a checkpoint's task is judged by."""
+    name = HEADLINE[state["task"]]
+    return f"{name} {state['metrics'][name]:.4f}" if name in state["metrics"] else "not evaluated"
 
 
 def data_record(split: Dataset) -> dict[str, Any]:

@@ -5,8 +5,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from rich.table import Table
@@ -14,15 +14,11 @@ from rich.table import Table
 from data_pipeline.manifest import Manifest
 from orchestrator.config import Job, PipelineJob, StageSettings
 from orchestrator.files import read_json
+from orchestrator.record import HEADLINE, headline
 from orchestrator.runs import read_journal
 from orchestrator.stage import PlannedStage, StageResult
 from orchestrator.tracking import run_link, tracking_uri, ui_command
 
-HEADLINE = {
-    "segmentation": "val/miou",
-    "classification": "val/top1",
-    "multilabel": "val/mean_average_precision",
-}
 _LINE_EVERY = 10.0  # seconds between lines of a stage where there is no terminal
 
 
@@ -131,7 +127,9 @@ class Display:
         if result.name in self._tasks:
             self._progress.remove_task(self._tasks.pop(result.name))
         how = "was done before, not run again" if result.reused else "done"
-        self.say(f"{result.name}: {how}: {headline(result)}, checkpoint {result.checkpoint.path}")
+        self.say(
+            f"{result.name}: {how}: {headline(result.checkpoint.state)}, checkpoint {result.checkpoint.path}"
+        )
 
     def failed(self, name: str, reason: str) -> None:
         """A stage failed."""
@@ -153,36 +151,30 @@ def _detail(planned: PlannedStage, step: int, metrics: dict[str, float]) -> str:
     return ", ".join(parts)
 
 
-def headline(result: StageResult) -> str:
-    """The metric a task is judged by."""
-    name = HEADLINE[result.checkpoint.state["task"]]
-    return f"{name} {result.metrics[name]:.4f}"
-
-
-def result_table(results: Sequence[StageResult], storage: Path) -> list[Any]:
+def result_table(results: Sequence[StageResult], storage: Path) -> list[Table | str]:
     """Stage, metric, origin, checkpoint and MLflow run of every stage, and how to open MLflow."""
-    table = Table(title="Stages", title_justify="left", show_lines=True)
+    uri = tracking_uri(storage)
+    table = Table(title=f"Stages; checkpoints under {storage}", title_justify="left", box=SIMPLE)
     for column in (
         "stage",
         "metric",
         "started from",
-        "checkpoint (sha256 of the weights)",
-        "MLflow run",
+        "checkpoint, its weights' sha256, MLflow run",
     ):
         table.add_column(column, overflow="fold")
-    uri = tracking_uri(storage)
     for result in results:
-        start = result.start
-        origin = f"{start.stage or start.weights} @ {start.digest[:12]}" if start else "scratch"
+        start, checkpoint = result.start, result.checkpoint
+        origin = f"{start.stage or start.weights}\n@ {start.digest[:12]}" if start else "scratch"
         record = read_json(result.run.tracking)
-        link = run_link(uri, record) if record else "not yet sent"
-        path = result.checkpoint.path.relative_to(storage)
-        table.add_row(
-            result.name, headline(result), origin, f"{path} ({result.checkpoint.digest[:12]})", link
+        lines = (
+            str(checkpoint.path.relative_to(storage)),
+            checkpoint.digest,
+            run_link(uri, record) if record else "not yet sent to MLflow",
         )
+        table.add_row(result.name, headline(checkpoint.state), origin, "\n".join(lines))
     command = ui_command(uri)
-    how = f"Open MLflow: {command}" if command else f"MLflow: {uri}"
-    return [table, f"Storage: {storage}", how, "Chain of a stage: atrous lineage STAGE"]
+    how = f"{command}, then the links above" if command else uri
+    return [table, f"MLflow: {how}", "The chain of a stage back to raw data: atrous lineage STAGE"]
 
 
 def summary(job: Job) -> Table:

@@ -20,6 +20,7 @@ from orchestrator.runs import Run, read_journal
 log = logging.getLogger(__name__)
 
 EXPERIMENT = "atrous"
+_EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # the view it opens in
 _EVERY = 1.0  # seconds between looks at a run
 _BATCH = 1000  # metrics of one request; MLflow's limit
 _creation = threading.Lock()  # one thread at a time creates the database, the experiment, a parent
@@ -110,7 +111,7 @@ class Tracker:
             if client.get_experiment_by_name(EXPERIMENT) is None:
                 embedded = self._uri.startswith("sqlite:")
                 artifacts = (self._storage / "mlartifacts").as_uri() if embedded else None
-                client.create_experiment(EXPERIMENT, artifact_location=artifacts)
+                client.create_experiment(EXPERIMENT, artifacts, tags=_EXPERIMENT_TAGS)
             return client
 
     def _record(self, client: Any) -> dict[str, Any]:
