@@ -127,9 +127,8 @@ class Display:
         if result.name in self._tasks:
             self._progress.remove_task(self._tasks.pop(result.name))
         how = "was done before, not run again" if result.reused else "done"
-        self.say(
-            f"{result.name}: {how}: {headline(result.checkpoint.state)}, checkpoint {result.checkpoint.path}"
-        )
+        metric, path = headline(result.checkpoint.state), result.checkpoint.path
+        self.say(f"{result.name}: {how}: {metric}, checkpoint {path}")
 
     def failed(self, name: str, reason: str) -> None:
         """A stage failed."""

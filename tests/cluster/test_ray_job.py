@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -34,6 +35,11 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
         "RAY_AUTH_MODE": "disabled",
     }
     start = [RAY, "start", "--head", f"--port={free_port()}", f"--dashboard-port={dashboard}"]
+    # The agent's default port is taken where another Ray runs on this machine.
+    start += [
+        f"--dashboard-agent-listen-port={free_port()}",
+        f"--ray-client-server-port={free_port()}",
+    ]
     start += ["--num-cpus=2", "--disable-usage-stats", "--block"]
     log = (place / "head.log").open("w")
     head = subprocess.Popen(
@@ -59,8 +65,10 @@ def submit(environment: dict[str, str], *arguments: str) -> subprocess.Completed
             timeout=500,
             check=False,
         )
-        if "Failed to connect" not in done.stderr + done.stdout:
+        said = done.stderr + done.stdout
+        if not any(text in said for text in ("Failed to connect", "No available agent")):
             return done
+        time.sleep(2)
     raise TimeoutError(done.stderr)
 
 
