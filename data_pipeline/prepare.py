@@ -306,7 +306,8 @@ def _refuse_broken(broken: Sequence[Mapping[str, str]], count: int, split: str) 
         )
         more = f"\n  ... and {count - _SKIPS_SHOWN} more" if count > _SKIPS_SHOWN else ""
         raise DataError(
-            f"{split}: {count} broken inputs; mend them, or leave them out (--skip-broken, on_broken: skip)\n"
+            f"{split}: {count} broken inputs; mend them, or leave them out "
+            "(--skip-broken, on_broken: skip)\n"
             f"{listed}{more}"
         )
 

@@ -2,6 +2,8 @@
 
 import logging
 import os
+import shlex
+import sys
 from dataclasses import dataclass
 
 from orchestrator.config import Cluster
@@ -75,11 +77,14 @@ def connect() -> Connection:
 
     if not ray.is_initialized():
         if ours:
+            # Ray 2.60 gives bash the unquoted path of Python: /my projects/.venv/bin/python fails.
+            quoted = shlex.quote(sys.executable)
             ray.init(
                 address="local",
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level=logging.WARNING,
+                runtime_env={"py_executable": quoted} if quoted != sys.executable else None,
             )
         else:
             ray.init(log_to_driver=False, logging_level=logging.WARNING)
