@@ -1,6 +1,7 @@
 """What a person sees while a job runs, and the table at its end."""
 
 import logging
+import shlex
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from orchestrator.files import read_json
 from orchestrator.record import HEADLINE, headline
 from orchestrator.runs import read_journal
 from orchestrator.stage import PlannedStage, StageResult
-from orchestrator.tracking import run_link, tracking_uri, ui_command
+from orchestrator.tracking import program, run_link, tracking_uri, ui_command
 
 _LINE_EVERY = 10.0  # seconds between lines of a stage where there is no terminal
 
@@ -173,7 +174,8 @@ def result_table(results: Sequence[StageResult], storage: Path) -> list[Table | 
         table.add_row(result.name, headline(checkpoint.state), origin, "\n".join(lines))
     command = ui_command(uri)
     how = f"{command}, then the links above" if command else uri
-    return [table, f"MLflow: {how}", "The chain of a stage back to raw data: atrous lineage STAGE"]
+    trace = f"{program('atrous')} lineage STAGE --storage {shlex.quote(str(storage))}"
+    return [table, f"MLflow: {how}", f"The chain of a stage back to raw data: {trace}"]
 
 
 def summary(job: Job) -> Table:

@@ -7,6 +7,9 @@ tracking server that is down delays what it shows and nothing else.
 import json
 import logging
 import os
+import shlex
+import shutil
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,7 +36,14 @@ def tracking_uri(storage: Path) -> str:
 
 def ui_command(uri: str) -> str | None:
     """The command that serves an embedded database; None for a server, which has its own page."""
-    return None if uri.startswith("http") else f"mlflow ui --backend-store-uri '{uri}'"
+    return None if uri.startswith("http") else f"{program('mlflow')} ui --backend-store-uri '{uri}'"
+
+
+def program(name: str) -> str:
+    """How to call a program of this environment in the user's shell."""
+    if shutil.which(name):
+        return name
+    return shlex.quote(str(Path(sys.executable).with_name(name)))
 
 
 def run_link(uri: str, record: dict[str, Any]) -> str:
