@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,8 +16,10 @@ from orchestrator.runs import all_runs
 from tests.unit.orchestrator.jobs import pipeline_job, write
 
 pytestmark = pytest.mark.cluster
-RAY = Path(sys.executable).with_name("ray")
 ROOT = Path(__file__).parents[2]
+
+
+RAY = ["python", "-m", "ray.scripts.scripts"]  # of the PATH below
 
 
 def free_port() -> int:
@@ -30,12 +33,15 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
     """A head node started in the project's directory; the environment to submit from."""
     place = tmp_path_factory.mktemp("cluster")
     dashboard = free_port()
+    # Ray 2.60 cannot run jobs with a Python whose path has a space: go by a link without one.
+    programs = place / "environment" / "bin"
+    programs.parent.symlink_to(sys.prefix)
     environment = os.environ | {
-        "PATH": f"{RAY.parent}{os.pathsep}{os.environ['PATH']}",
+        "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
         "ATROUS_STORAGE": str(place / "storage"),
         "RAY_AUTH_MODE": "disabled",
     }
-    start = [RAY, "start", "--head", f"--port={free_port()}", f"--dashboard-port={dashboard}"]
+    start = [*RAY, "start", "--head", f"--port={free_port()}", f"--dashboard-port={dashboard}"]
     # The agent's default port is taken where another Ray runs on this machine.
     start += [
         f"--dashboard-agent-listen-port={free_port()}",
@@ -54,8 +60,16 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
         log.close()
 
 
+def executable(path: Path, job: dict[str, Any]) -> Path:
+    """A job file as those in jobs/ are."""
+    write(path, job)
+    path.write_text(f"#!/usr/bin/env -S python -m orchestrator\n{path.read_text()}")
+    path.chmod(0o755)
+    return path
+
+
 def submit(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [str(RAY), "job", "submit", "--address", environment["RAY_API_SERVER_ADDRESS"]]
+    command = [*RAY, "job", "submit", "--address", environment["RAY_API_SERVER_ADDRESS"]]
     for _ in range(30):  # until the head answers
         done = subprocess.run(
             [*command, *arguments],
@@ -80,9 +94,7 @@ def submitted(
     job = pipeline_job(tiny_data)
     for stage in job["stages"]:
         stage["cluster"] = {"workers": 2 if stage["name"] == "tiny-imagenet" else 1}
-    path = write(tmp_path_factory.mktemp("job") / "pipeline.yaml", job)
-    path.write_text(f"#!/usr/bin/env -S python -m orchestrator\n{path.read_text()}")
-    path.chmod(0o755)
+    path = executable(tmp_path_factory.mktemp("job") / "pipeline.yaml", job)
     return submit(cluster, "--working-dir", ".", "--", str(path))
 
 
@@ -108,12 +120,12 @@ def test_a_failing_stage_fails_the_job(
     job = pipeline_job(tiny_data)
     job["stages"] = [job["stages"][2]]
     job["stages"][0] |= {"start_from": "nothing-of-that-name", "cluster": {"workers": 1}}
-    path = write(tmp_path / "failing.yaml", job)
-    done = submit(cluster, "--", f"{sys.executable} -m orchestrator run {path}")
+    # Without --working-dir: the job's directory is the head's.
+    done = submit(cluster, "--", str(executable(tmp_path / "failing.yaml", job)))
     assert done.returncode != 0
     # The stream of a job that ends at once can be empty; the kept log is not.
     identity = re.search(r"raysubmit_\w+", done.stdout)
     assert identity is not None
-    command = [RAY, "job", "logs", "--address", cluster["RAY_API_SERVER_ADDRESS"], identity[0]]
+    command = [*RAY, "job", "logs", "--address", cluster["RAY_API_SERVER_ADDRESS"], identity[0]]
     logs = subprocess.run(command, env=cluster, capture_output=True, text=True, check=True)
     assert "no finished run of it under" in logs.stdout
