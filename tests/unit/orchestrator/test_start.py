@@ -61,7 +61,7 @@ def test_a_bare_backbone_is_renamed() -> None:
         (
             {"backbone.conv": (8, 3)},
             "backbone",
-            r"1 of 2 tensors differ, such as backbone\.norm: mis",
+            r"1 of 2 tensors differ, such as backbone\.norm: m",
         ),
     ],
 )

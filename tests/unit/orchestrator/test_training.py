@@ -158,7 +158,7 @@ def test_data_that_is_not_there_or_does_not_fit(tiny_data: Path, tmp_path: Path)
     wrong = stage("tiny", "classification", "tiny-voc")
     with pytest.raises(RunError, match="tiny-voc/train is a data set of segmentation"):
         plan_stage(StageSettings.model_validate(wrong), tmp_path, tiny_data)
-    settings["data"]["train"]["split"] = "trian"
+    settings["data"]["train"]["split"] = "tra"
     with pytest.raises(DataError, match="train"):
         plan_stage(StageSettings.model_validate(settings), tmp_path, tiny_data)
 
