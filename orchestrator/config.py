@@ -42,7 +42,7 @@ class StartFrom(_Section):
     """Where a stage's weights come from, and how much of them is taken."""
 
     checkpoint: str = Field(
-        description="name of an earlier stage, a checkpoint directory, or a .safetensors file"
+        description="name of an earlier stage, or path (with a /) of a checkpoint or .safetensors"
     )
     take: Literal["backbone", "network"] | None = Field(
         default=None,

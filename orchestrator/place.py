@@ -7,6 +7,8 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
+from orchestrator.errors import RunError
+
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
@@ -50,12 +52,23 @@ class Place:
 
 
 def find_place(gpus: float, precision: Literal["auto", "float32", "bfloat16"]) -> Place:
-    """This Ray Train worker's place; `precision` as in the job file."""
+    """This Ray Train worker's place; `precision` as in the job file.
+
+    Raises:
+        RunError: GPUs are asked for and there is none.
+    """
     import ray.train
     from ray.train.torch import get_device
 
     context = ray.train.get_context()
     device = get_device() if gpus else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    elif gpus:
+        raise RunError(
+            f"cluster.gpus_per_worker: {gpus:g}, but torch sees no GPU on this node; set it to 0 to "
+            "train on CPUs"
+        )
     capable = device.type == "cuda" and torch.cuda.is_bf16_supported()
     return Place(
         rank=context.get_world_rank(),

@@ -89,9 +89,8 @@ def resolve_start(
         return None
     if wanted.checkpoint in results:
         return _start(results[wanted.checkpoint], wanted, stage.task)
-    path = Path(wanted.checkpoint).expanduser()
-    if path.suffix == ".safetensors" or path.is_dir() or "/" in wanted.checkpoint:
-        return _from_path(path.absolute(), wanted)
+    if "/" in wanted.checkpoint or wanted.checkpoint.endswith(".safetensors"):
+        return _from_path(Path(wanted.checkpoint).expanduser().absolute(), wanted)
     return _from_stage(stage, wanted, storage)
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from data_pipeline.errors import DataError
 from orchestrator import worker
@@ -161,6 +162,13 @@ def test_data_that_is_not_there_or_does_not_fit(tiny_data: Path, tmp_path: Path)
     settings["data"]["train"]["split"] = "tra"
     with pytest.raises(DataError, match="train"):
         plan_stage(StageSettings.model_validate(settings), tmp_path, tiny_data)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_silent_fall_back_to_the_cpu(tiny_data: Path, tmp_path: Path) -> None:
+    planned = plan(tiny_data, tmp_path, cluster={"workers": 0, "gpus_per_worker": 1})
+    with pytest.raises(StageFailed, match=r"gpus_per_worker: 1, but torch sees no GPU"):
+        run(planned)
 
 
 def test_a_failure_is_told_and_kept(
