@@ -66,8 +66,8 @@ def find_place(gpus: float, precision: Literal["auto", "float32", "bfloat16"]) -
         torch.cuda.set_device(device)
     elif gpus:
         raise RunError(
-            f"cluster.gpus_per_worker: {gpus:g}, but torch sees no GPU on this node; set it to 0 to "
-            "train on CPUs"
+            f"cluster.gpus_per_worker: {gpus:g}, but torch sees no GPU on this node; set it to 0 "
+            "to train on CPUs"
         )
     capable = device.type == "cuda" and torch.cuda.is_bf16_supported()
     return Place(
