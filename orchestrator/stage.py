@@ -79,7 +79,11 @@ def plan_stage(
     val = open_dataset(data_directory, stage.data.val.dataset, stage.data.val.split)
     _check_data(stage, train, val)
     start = resolve_start(stage, storage, results)
-    hand_over = _check_hand_over(stage, start, train) if start else None
+    shapes = _network_shapes(stage, train)
+    names = train.manifest.class_names
+    hand_over = (
+        plan_hand_over(shapes, read_shapes(Path(start.weights)), start, names) if start else None
+    )
     fingerprint = digest(
         {
             "stage": stage.model_dump(mode="json", exclude=_NOT_IN_FINGERPRINT),
@@ -151,17 +155,18 @@ def _check_crop(stage: StageSettings, val: Dataset) -> None:
         )
 
 
-def _check_hand_over(stage: StageSettings, start: Start, train: Dataset) -> HandOver:
-    """Compare every tensor's shape, on a network without memory, before any worker starts."""
+def _network_shapes(stage: StageSettings, train: Dataset) -> dict[str, tuple[int, ...]]:
+    """Build the network without memory: what it refuses is known before any worker starts."""
     import torch
 
     from model.build import build_network
 
-    names = train.manifest.class_names
-    with torch.device("meta"):
-        network = build_network(stage.model, stage.task, len(names))
-    shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-    return plan_hand_over(shapes, read_shapes(Path(start.weights)), start, names)
+    try:
+        with torch.device("meta"):
+            network = build_network(stage.model, stage.task, len(train.manifest.class_names))
+    except ValueError as error:
+        raise RunError(f"{stage.name}: model: {error}") from None
+    return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
 
 
 def finished_result(planned: PlannedStage) -> StageResult | None:

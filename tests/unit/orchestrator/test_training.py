@@ -136,6 +136,7 @@ def test_frozen_batch_norm_keeps_its_statistics(tiny_data: Path, tmp_path: Path)
         ({"global_batch": 999}, RunError, "do not fill a global batch of 999"),
         ({"start_from": {"checkpoint": "nowhere"}}, CheckpointError, "no finished run of it under"),
         ({"start_from": {"checkpoint": "/no/where"}}, CheckpointError, "/no/where"),
+        ({"model": {"backbone": "timm:resnet1o"}}, RunError, "tiny: model: .*resnet1"),
         (
             {"global_batch": 1},
             RunError,
