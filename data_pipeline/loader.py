@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from data_pipeline.config import Crop, EvalData, TrainData
+from data_pipeline.config import Crop, EvalData, TrainData, as_size
 from data_pipeline.dataset import BlockReader, Dataset, RawSample
 from data_pipeline.decode import (
     Pixels,
@@ -117,7 +117,7 @@ class TrainLoader:
             num_blocks = len(self.slots) + self.threads
             read = BlockReader(self.dataset, self.data.block_size, num_blocks).read
         new_buffers = partial(
-            _Buffers.new, self.task, len(self.slots), _size(self.data.crop), self.num_classes
+            _Buffers.new, self.task, len(self.slots), as_size(self.data.crop), self.num_classes
         )
         source = _TrainSource(plan, self.slots, read, _train_preparation(self), new_buffers)
         # Nothing below refers to the loader, so dropping the loader ends its threads at once.
@@ -295,7 +295,7 @@ def _naming(key: str) -> Iterator[None]:
 
 def _train_preparation(loader: TrainLoader) -> _Prepare:
     """What turns a raw sample into the image and label of a training batch."""
-    data, crop = loader.data, _size(loader.data.crop)
+    data, crop = loader.data, as_size(loader.data.crop)
     if loader.task == "segmentation":
         ignore = loader.dataset.manifest.ignore_label
         how = SegmentationAugmentation(
@@ -324,7 +324,7 @@ def _eval_preparation(loader: EvalLoader) -> Callable[[RawSample], tuple[Pixels,
     crop = loader.data.crop or loader.crop
     if crop is None:
         raise ValueError(f"{loader.task}: set crop in the evaluation data, e.g. 224")
-    size = _size(crop)
+    size = as_size(crop)
     label = _label_decoder(loader.task, loader.num_classes)
     return lambda raw: (center_crop(_decoder(raw), (raw.height, raw.width), size), label(raw))
 
@@ -362,7 +362,3 @@ def _label_decoder(task: str, num_classes: int) -> Callable[[RawSample], _Label]
     if task not in ("classification", "multilabel"):
         raise ValueError(f"task {task!r}: know classification, multilabel and segmentation")
     return one if task == "classification" else several
-
-
-def _size(crop: Crop) -> Size:
-    return (crop, crop) if isinstance(crop, int) else crop
