@@ -106,13 +106,13 @@ def _decode_jpeg(data: bytes, min_height: int, min_width: int) -> Pixels:
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
         _check_size(height, width)
-        if colorspace not in ("CMYK", "YCCK"):  # libjpeg-turbo does not turn these into RGB
-            return simplejpeg.decode_jpeg(data, "RGB", min_height=min_height, min_width=min_width)
+        if colorspace in ("CMYK", "YCCK"):  # libjpeg-turbo does not turn these into RGB
+            return _decode_other(data)
+        return simplejpeg.decode_jpeg(data, "RGB", min_height=min_height, min_width=min_width)
     except (ValueError, KeyError):
         # libjpeg-turbo refuses what it can only warn about, stray bytes like missing halves of
         # images; Pillow tells them apart: it reads the first and raises on the second.
-        pass
-    return _decode_other(data)
+        return _decode_other(data)
 
 
 def _decode_png(data: bytes, mode: int) -> Pixels:

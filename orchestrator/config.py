@@ -186,6 +186,12 @@ class StageSettings(_Section):
             raise ValueError(f"data.train.scale is for segmentation; {self.task} uses area")
         return self
 
+    @model_validator(mode="after")
+    def _scale_is_of_segmentation(self) -> "StageSettings":
+        if self.task != "segmentation" and self.evaluate.scale != 1:
+            raise ValueError(f"evaluate.scale is for segmentation; {self.task} has none")
+        return self
+
     @property
     def duration(self) -> int | str:
         """Length of the training."""

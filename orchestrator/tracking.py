@@ -25,7 +25,8 @@ log = logging.getLogger(__name__)
 EXPERIMENT = "atrous"
 _EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # the view it opens in
 _EVERY = 1.0  # seconds between looks at a run
-_BATCH = 1000  # metrics of one request; MLflow's limit
+_BATCH = 1000  # metrics of one request; a server's limit
+_PARAMS_BATCH = 100  # parameters of one request; a server's limit
 _creation = threading.Lock()  # one thread at a time creates the database, the experiment, a parent
 
 
@@ -137,6 +138,7 @@ class Tracker:
         with _creation:
             experiment = client.get_experiment_by_name(EXPERIMENT).experiment_id
             run_id = self._find(client, experiment) or self._create(client, experiment, parent)
+            self._describe(client, run_id)
             return self._write(
                 {"uri": self._uri, "experiment_id": experiment, "run_id": run_id, "sent_step": 0}
             )
@@ -153,18 +155,21 @@ class Tracker:
         return found[0].info.run_id if found else None
 
     def _create(self, client: Any, experiment: str, parent: dict[str, Any] | None) -> str:
-        from mlflow.entities import Param, RunTag
-
         run = self._run.read()
         tags = _tags(run, self._run) | ({"mlflow.parentRunId": parent["run_id"]} if parent else {})
-        created = client.create_run(experiment, tags=tags, run_name=run["name"])
-        run_id = created.info.run_id
+        return client.create_run(experiment, tags=tags, run_name=run["name"]).info.run_id
+
+    def _describe(self, client: Any, run_id: str) -> None:
+        """Job file and data of a run; can be repeated, since a kill may come in between."""
+        from mlflow.entities import Param
+
+        run = self._run.read()
         params = [Param(key, str(value)[:6000]) for key, value in _flatten(run["job"])]
-        client.log_batch(run_id, params=params[:_BATCH], tags=[RunTag("atrous.params", "complete")])
+        for start in range(0, len(params), _PARAMS_BATCH):
+            client.log_batch(run_id, params=params[start : start + _PARAMS_BATCH])
         if "data" in run:
             client.log_inputs(run_id, datasets=[_dataset(*item) for item in run["data"].items()])
         client.log_dict(run_id, run["job"], "job.yaml")
-        return run_id
 
     def _send_metrics(self, client: Any, record: dict[str, Any]) -> None:
         from mlflow.entities import Metric

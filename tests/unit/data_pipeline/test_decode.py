@@ -3,12 +3,8 @@
 import io
 import os
 import struct
-import threading
 import zlib
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import cv2
@@ -187,32 +183,6 @@ def test_what_is_no_class_is_refused(data: bytes) -> None:
 def test_what_is_no_list_of_labels_is_refused(data: bytes) -> None:
     with pytest.raises(DataError, match="bird17: labels"):
         decode_labels(data, "bird17")
-
-
-def longest_pause(call: Callable[[], Any]) -> float:
-    """The longest time this thread stood still while another made the call, as a share of all."""
-    thread = threading.Thread(target=call)
-    longest, started = 0.0, perf_counter()
-    last = started
-    thread.start()
-    while thread.is_alive():
-        now = perf_counter()
-        longest, last = max(longest, now - last), now
-    return longest / (last - started)
-
-
-def test_decoding_releases_the_gil() -> None:
-    large = cv2.resize(NOISE, (3000, 2000))
-    mask = cv2.resize(IDS, (3000, 2000), interpolation=cv2.INTER_NEAREST)
-    palette = Image.fromarray(mask).convert("P")
-    for decode, data in (
-        (decode_image, simplejpeg.encode_jpeg(large)),
-        (decode_image, cv2.imencode(".png", large)[1].tobytes()),
-        (decode_mask, cv2.imencode(".png", mask)[1].tobytes()),
-        (decode_mask, encode(palette, "PNG", compress_level=1)),
-    ):
-        # Held throughout, the pause would be nearly all; the best of five forgives a busy machine.
-        assert min(longest_pause(partial(decode, data, "k")) for _ in range(5)) < 0.6
 
 
 @pytest.mark.data

@@ -1,6 +1,5 @@
 """The data plan: its promises as properties, and its cost at 300 million samples."""
 
-import time
 import tracemalloc
 from itertools import chain, pairwise
 
@@ -195,17 +194,14 @@ def test_sample_seeds_differ_in_every_argument() -> None:
     assert all(0 <= seed < 2**64 for seed in seeds)
 
 
-def test_300_million_samples_set_up_in_a_second() -> None:
+def test_300_million_samples_fit_in_150_megabytes() -> None:
     shards = [15_000] * 20_000
     tracemalloc.start()
     try:
         plan = Plan(shard_samples=shards, block_size=128, seed=0, global_batch=1024)
-        started = time.process_time()
         plan.samples(123_456, range(256))
-        seconds = time.process_time() - started
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
     assert plan.num_samples == 300_000_000
-    assert seconds < 3  # about 0.6 s on one core; the limit leaves room for a slow machine
     assert peak < 150e6

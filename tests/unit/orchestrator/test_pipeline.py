@@ -140,6 +140,8 @@ def test_mlflow_has_the_runs_linked(ran: Ran) -> None:
     assert start is not None
     assert voc.data.tags["atrous.start_from.digest"] == start.digest
     assert voc.data.params["optimizer.lr"] == "0.05"
+    assert len(parent.data.params) > 100  # more than a tracking server takes in one request
+    assert parent.data.params["stages.tiny-coco.optimizer.lr"] == "0.05"
     inputs = {item.dataset.name: item.dataset.digest for item in voc.inputs.dataset_inputs}
     data = ran.results["tiny-voc"].run.read()["data"]
     assert inputs == {
