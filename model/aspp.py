@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from model.blocks import Norm, check_output_stride, head_conv1x1, head_conv3x3
+from model.sync_batch_norm import SyncBatchNorm
 
 
 def atrous_rates(output_stride: int) -> tuple[int, int, int]:
@@ -46,21 +47,27 @@ class ASPP(nn.Module):
         for branch, rate in zip((self.branch1, self.branch2, self.branch3), rates, strict=True):
             branch.set_geometry(stride=1, rate=rate)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, D, H, W); ValueError when BN would train on one pooled value."""
+    def forward(self, x: Tensor, image_mean: Tensor | None = None) -> Tensor:
+        """(B, C, H, W) -> (B, D, H, W); ValueError when BN would train on one pooled value.
+
+        `image_mean` (B, C, 1, 1) is the mean of the whole image's features where x is a part of it.
+        """
         branches = [self.branch0(x), self.branch1(x), self.branch2(x), self.branch3(x)]
         if self.image_pooling is not None:
+            mean = x.mean(dim=(2, 3), keepdim=True) if image_mean is None else image_mean
             # First in the concatenation, as in the released weights.
-            branches.insert(0, self._pooled(x))
+            branches.insert(0, self._pooled(mean).expand(-1, -1, *x.shape[2:]))
         return self.dropout(self.projection(torch.cat(branches, dim=1)))
 
-    def _pooled(self, x: Tensor) -> Tensor:
+    def _pooled(self, mean: Tensor) -> Tensor:
         assert self.image_pooling is not None
-        if self.image_pooling.norm.training and x.shape[0] == 1:
+        norm = self.image_pooling.norm
+        num_workers = norm.num_workers if isinstance(norm, SyncBatchNorm) else 1
+        if norm.training and mean.shape[0] * num_workers == 1:
             raise ValueError(
                 "image-level features cannot be batch-normalised over a batch of 1 image: give "
-                "each worker at least 2 at a time, or set model.batch_norm.frozen: true or "
+                "each worker at least 2 at a time, or set model.batch_norm.frozen: true, "
+                "model.batch_norm.sync: true where there are more workers, or "
                 "model.image_level_features: false"
             )
-        pooled = self.image_pooling(x.mean(dim=(2, 3), keepdim=True))
-        return pooled.expand(-1, -1, *x.shape[2:])
+        return self.image_pooling(mean)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from model.blocks import Features, Normalization, check_output_stride
+from model.resnet import ResNet
+from model.sync_batch_norm import SyncBatchNorm, synchronize_batch_norm
 from model.xception import Xception
 
 if TYPE_CHECKING:
@@ -26,6 +29,8 @@ class TimmBackbone(nn.Module):
     """
 
     def __init__(self, name: str, *, output_stride: int, momentum: float | None = None) -> None:
+        from timm.data import resolve_model_data_config
+
         super().__init__()
         self.name = name
         self.output_stride = output_stride
@@ -33,20 +38,22 @@ class TimmBackbone(nn.Module):
         self.features = _create(name, output_stride, momentum)
         info = self.features.feature_info
         reductions = info.reduction()
-        if 4 not in reductions:
-            raise ValueError(
-                f"timm:{name} has features at strides {reductions} but none at 4, which the "
-                "decoder needs; choose another backbone, e.g. timm:resnet50"
-            )
+        for stride in (4, 8):
+            if stride not in reductions:
+                raise ValueError(
+                    f"timm:{name} has features at strides {reductions} but none at {stride}, which "
+                    "the decoder needs; choose another backbone, e.g. timm:resnet50"
+                )
         if reductions[-1] != output_stride:
             raise ValueError(
                 f"timm:{name} ends at stride {reductions[-1]} when asked for {output_stride}; "
                 "choose another backbone or output_stride"
             )
-        self._low_level = reductions.index(4)
+        self._low_level, self._mid_level = reductions.index(4), reductions.index(8)
         self.low_level_channels: int = info.channels()[self._low_level]
+        self.mid_level_channels: int = info.channels()[self._mid_level]
         self.high_level_channels: int = info.channels()[-1]
-        self.normalization = _normalization(self.features)
+        self.normalization = pixel_normalization(resolve_model_data_config(self.features))
 
     def set_output_stride(self, output_stride: int) -> None:
         """Change the output stride on the same parameters, which stay the same objects.
@@ -58,6 +65,8 @@ class TimmBackbone(nn.Module):
             return
         with torch.device("meta"):
             rebuilt = _create(self.name, output_stride, self.momentum)
+        if any(isinstance(module, SyncBatchNorm) for module in self.features.modules()):
+            synchronize_batch_norm(rebuilt)
         if _shapes(rebuilt) != _shapes(self.features):
             raise ValueError(
                 f"timm:{self.name} has other weights at output_stride {output_stride} than at "
@@ -69,31 +78,51 @@ class TimmBackbone(nn.Module):
     def forward(self, images: Tensor) -> Features:
         """Extract features from normalised images (B, 3, H, W)."""
         maps = self.features(images)
-        return Features(maps[self._low_level], maps[-1])
+        return Features(maps[self._low_level], maps[self._mid_level], maps[-1])
 
 
-Backbone: TypeAlias = Xception | TimmBackbone
+Backbone: TypeAlias = Xception | ResNet | TimmBackbone
 
 
 def build_backbone(config: ModelConfig, output_stride: int) -> Backbone:
-    """Build the backbone a configuration names, with random weights."""
-    momentum = config.batch_norm.momentum
-    if config.backbone.startswith(_TIMM):
-        if config.width != 1 or config.middle_units is not None:
-            raise ValueError(
-                f"model.width {config.width} and model.middle_units {config.middle_units} are for "
-                f"the Xceptions, not for {config.backbone}: leave them out and choose a timm "
-                "network of the size you want"
-            )
-        name = config.backbone.removeprefix(_TIMM)
-        return TimmBackbone(name, output_stride=output_stride, momentum=momentum)
+    """Build the backbone a configuration names, with random weights.
+
+    Raises:
+        ValueError: the configuration asks for what this backbone has not.
+    """
+    _check_fits(config)
+    momentum, name = config.batch_norm.momentum, config.backbone
+    if name.startswith(_TIMM):
+        return TimmBackbone(
+            name.removeprefix(_TIMM), output_stride=output_stride, momentum=momentum
+        )
+    if name.startswith("resnet"):
+        return ResNet(
+            name, output_stride=output_stride, momentum=momentum, multi_grid=config.multi_grid
+        )
     return Xception(
-        config.backbone,
+        name,
         output_stride=output_stride,
         width=config.width,
         middle_units=config.middle_units,
         momentum=momentum,
+        multi_grid=config.multi_grid,
+        relu_after_depthwise=config.relu_after_depthwise,
     )
+
+
+def _check_fits(config: ModelConfig) -> None:
+    """Raise ValueError for values that the backbone would pass over."""
+    fields = type(config).model_fields
+    of_xception = ("width", "middle_units", "relu_after_depthwise")
+    foreign = {"xception": (), "resnet_v": of_xception, _TIMM: (*of_xception, "multi_grid")}
+    for name in next(f for family, f in foreign.items() if config.backbone.startswith(family)):
+        value = getattr(config, name)
+        if value != fields[name].default:
+            raise ValueError(
+                f"model.{name}: {value} is not for {config.backbone}: leave it out or choose "
+                "one of Atrous's own backbones that has it (model.backbone says which there are)"
+            )
 
 
 def _create(name: str, output_stride: int, momentum: float | None) -> Any:
@@ -121,10 +150,8 @@ def _create(name: str, output_stride: int, momentum: float | None) -> Any:
     return features
 
 
-def _normalization(features: nn.Module) -> Normalization:
-    from timm.data import resolve_model_data_config
-
-    data = resolve_model_data_config(features)
+def pixel_normalization(data: Mapping[str, Any]) -> Normalization:
+    """The normalisation of pixels in 0..255 that a timm data configuration (of 0..1) means."""
     (r, g, b), (s, t, u) = data["mean"], data["std"]
     return Normalization(mean=(255 * r, 255 * g, 255 * b), std=(255 * s, 255 * t, 255 * u))
 

@@ -24,9 +24,13 @@ class Normalization(NamedTuple):
 
 
 class Features(NamedTuple):
-    """What a backbone extracts: low_level (B, C, H/4, W/4) and high_level (B, C, H/OS, W/OS)."""
+    """What a backbone extracts, the paper's Conv2, Conv3 and last features.
+
+    low_level (B, C, H/4, W/4), mid_level (B, C, H/8, W/8), high_level (B, C, H/OS, W/OS).
+    """
 
     low_level: Tensor
+    mid_level: Tensor
     high_level: Tensor
 
 
@@ -46,6 +50,56 @@ class Normalize(nn.Module):
         return (images.to(self.mean.dtype) - self.mean) / self.std
 
 
+class AtrousConv2d(nn.Conv2d):
+    """Convolution (B, C, H, W) -> (B, D, H', W'), faster than torch's where that is slow on CPUs.
+
+    A depthwise convolution at rate r is r * r plain ones, each of every r-th pixel: exactly equal.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, D, H', W')."""
+        if not self._in_phases(x):
+            return self._convolve(x, self.padding, self.dilation)
+        # All taps but the middle one lie outside at any rate from the longer side on.
+        rate = min(self.dilation[0], max(x.shape[2:]))
+        phases = self._convolve(_split(x, rate), (1, 1), (1, 1))
+        return _join(phases, rate)[..., : x.shape[2], : x.shape[3]]
+
+    def _convolve(
+        self, x: Tensor, padding: str | tuple[int, ...], dilation: tuple[int, ...]
+    ) -> Tensor:
+        return F.conv2d(x, self.weight, self.bias, self.stride, padding, dilation, self.groups)
+
+    def _in_phases(self, x: Tensor) -> bool:
+        """oneDNN has no depthwise kernels for the gradients at rates, nor for rates above 6."""
+        rate = self.dilation[0]
+        return (
+            rate > (1 if torch.is_grad_enabled() else 6)
+            and self.groups == self.in_channels == self.out_channels
+            and (self.kernel_size, self.stride) == ((3, 3), (1, 1))
+            and x.device.type == "cpu"
+            and x.is_contiguous(memory_format=torch.channels_last)
+            and not torch.compiler.is_compiling()
+        )
+
+
+def _split(x: Tensor, rate: int) -> Tensor:
+    """Every rate-th pixel as an image: channels-last (B, C, H, W) -> (B rate rate, C, h, w)."""
+    batch, channels, height, width = x.shape
+    rows, columns = -(-height // rate), -(-width // rate)
+    x = F.pad(x, (0, columns * rate - width, 0, rows * rate - height)).permute(0, 2, 3, 1)
+    x = x.reshape(batch, rows, rate, columns, rate, channels).permute(0, 2, 4, 1, 3, 5)
+    return x.reshape(-1, rows, columns, channels).permute(0, 3, 1, 2)
+
+
+def _join(x: Tensor, rate: int) -> Tensor:
+    """The reverse of _split, with its padding."""
+    _, channels, rows, columns = x.shape
+    x = x.permute(0, 2, 3, 1).reshape(-1, rate, rate, rows, columns, channels)
+    x = x.permute(0, 3, 1, 4, 2, 5).reshape(-1, rows * rate, columns * rate, channels)
+    return x.permute(0, 3, 1, 2)
+
+
 class ConvNorm(nn.Module):
     """Convolution without bias, batch normalisation and, if asked, ReLU."""
 
@@ -60,7 +114,7 @@ class ConvNorm(nn.Module):
         relu: bool = True,
     ) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, groups=groups, bias=False)
+        self.conv = AtrousConv2d(in_channels, out_channels, kernel_size, groups=groups, bias=False)
         self.norm = nn.BatchNorm2d(out_channels, eps=norm.eps, momentum=norm.momentum)
         self.relu = relu
         self.set_geometry(stride=1, rate=1)
@@ -83,25 +137,41 @@ class SeparableConv(nn.Module):
     """Atrous separable convolution, section 3.1 (Fig. 3): 3x3 depthwise, then 1x1 pointwise.
 
     pre_activation False: depthwise, BN, ReLU, pointwise, BN, ReLU (head, last Xception block).
-    pre_activation True: ReLU, depthwise, BN, pointwise, BN (the released Xception everywhere else).
+    pre_activation True: ReLU, depthwise, BN, pointwise, BN (the released Xception everywhere else);
+    relu_after_depthwise adds the ReLU between them that the paper's section 3.2 has.
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, norm: Norm, *, pre_activation: bool
+        self,
+        in_channels: int,
+        out_channels: int,
+        norm: Norm,
+        *,
+        pre_activation: bool,
+        relu_after_depthwise: bool = False,
     ) -> None:
         super().__init__()
         relu = not pre_activation
         self.pre_activation = pre_activation
-        self.depthwise = ConvNorm(in_channels, in_channels, 3, norm, groups=in_channels, relu=relu)
+        self.depthwise = ConvNorm(
+            in_channels,
+            in_channels,
+            3,
+            norm,
+            groups=in_channels,
+            relu=relu or relu_after_depthwise,
+        )
         self.pointwise = ConvNorm(in_channels, out_channels, 1, norm, relu=relu)
 
     def set_geometry(self, *, stride: int, rate: int) -> None:
         """Set stride and atrous rate of the depthwise convolution."""
         self.depthwise.set_geometry(stride=stride, rate=rate)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, D, ceil(H / stride), ceil(W / stride)), not in place."""
-        return self.pointwise(self.depthwise(F.relu(x) if self.pre_activation else x))
+    def forward(self, x: Tensor, *, inplace: bool = False) -> Tensor:
+        """(B, C, H, W) -> (B, D, ceil(H / stride), ceil(W / stride)); inplace may overwrite x."""
+        if self.pre_activation:
+            x = F.relu(x, inplace=inplace)
+        return self.pointwise(self.depthwise(x))
 
 
 def head_conv1x1(in_channels: int, out_channels: int, norm: Norm) -> ConvNorm:
@@ -135,6 +205,14 @@ def initialize(layer: nn.Conv2d | nn.Linear, std: float) -> None:
 def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
     """Resize (B, C, H, W) bilinearly to size (height, width), corners on corners."""
     return F.interpolate(x, size=size, mode="bilinear", align_corners=True)
+
+
+def scaled_side(side: int, scale: float) -> int:
+    """The side of an image, or of its features, at a scale: 16k+1 stays aligned at halves, doubles.
+
+    It is the reference's scale_dimension.
+    """
+    return int((side - 1) * scale + 1)
 
 
 def check_output_stride(output_stride: int) -> None:

@@ -2,28 +2,58 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Task = Literal["classification", "multilabel", "segmentation"]
+OutputStride = Literal[8, 16, 32]
 
 
 class DecoderConfig(BaseModel):
-    """The decoder of section 3.1: low-level features reduced, 3x3 convolutions (Tables 1, 2)."""
+    """The decoder of section 3.1: low-level features reduced, then refined (Tables 1, 2)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    low_level_channels: Annotated[int, Field(ge=1)] = 48
+    low_level: tuple[Literal["conv2"]] | tuple[Literal["conv3"], Literal["conv2"]] = Field(
+        default=("conv2",),
+        description="features joined, each at its resolution before striding: [conv2] (stride 4), "
+        "or [conv3, conv2] (strides 8, then 4: Table 2's last row)",
+    )
+    low_level_channels: Annotated[int, Field(ge=1)] = Field(
+        default=48, description="to which a 1x1 convolution reduces them (Table 1)"
+    )
     channels: Annotated[int, Field(ge=1)] = 256
-    num_convs: Annotated[int, Field(ge=1, le=3)] = 2
+    kernel_size: Literal[1, 3] = 3
+    num_convs: Annotated[int, Field(ge=1, le=3)] = Field(
+        default=2, description="refining convolutions after each join"
+    )
+    separable: bool | None = Field(
+        default=None, description="atrous separable convolution; None: as model.separable"
+    )
 
 
 class BatchNormConfig(BaseModel):
-    """Batch normalisation; momentum is PyTorch's (1 - decay), None: the reference's."""
+    """Batch normalisation; momentum is PyTorch's (1 - decay)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    momentum: Annotated[float, Field(gt=0, le=1)] | None = None
-    frozen: bool = False
+    momentum: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        default=None,
+        description="None: the reference's: 3e-4, but 0.05 in the ResNets it has; timm's own",
+    )
+    frozen: bool = Field(
+        default=False,
+        description="use and keep the running statistics; scale and offset still train "
+        "(the reference's fine_tune_batch_norm=false)",
+    )
+    sync: bool = Field(
+        default=False, description="statistics over the batches of all workers, not of each alone"
+    )
+
+    @model_validator(mode="after")
+    def _one_of(self) -> "BatchNormConfig":
+        if self.frozen and self.sync:
+            raise ValueError("frozen statistics are not synchronised: set frozen or sync, not both")
+        return self
 
 
 class ModelConfig(BaseModel):
@@ -33,8 +63,9 @@ class ModelConfig(BaseModel):
 
     backbone: str = Field(
         default="xception65",
-        pattern=r"^(xception(41|65|71)|timm:[A-Za-z0-9_.]+)$",
-        description="xception41, xception65, xception71, or timm:NAME",
+        pattern=r"^(xception(41|65|71)|resnet_v1_(50|101)(_beta)?|timm:[A-Za-z0-9_.]+)$",
+        description="xception41, xception65, xception71; resnet_v1_50 or resnet_v1_101 as the "
+        "reference has them, with _beta for three 3x3 root convolutions; or timm:NAME",
     )
     width: Annotated[float, Field(gt=0, le=4)] = Field(
         default=1.0, description="factor on every channel count of the Xception"
@@ -42,7 +73,18 @@ class ModelConfig(BaseModel):
     middle_units: Annotated[int, Field(ge=1)] | None = Field(
         default=None, description="units of the Xception's middle flow; None: 8 (41) or 16 (65, 71)"
     )
-    output_stride: Literal[8, 16, 32] | None = Field(
+    relu_after_depthwise: bool = Field(
+        default=False,
+        description="Xception: the extra ReLU after every 3x3 depthwise convolution of section "
+        "3.2, which the released networks have in their last block only",
+    )
+    multi_grid: tuple[
+        Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]
+    ] = Field(
+        default=(1, 1, 1),
+        description="factors on the atrous rates within the last block; (1, 2, 4) in Table 3",
+    )
+    output_stride: OutputStride | None = Field(
         default=None, description="None: 16 for segmentation, 32 for the other tasks"
     )
     aspp_channels: Annotated[int, Field(ge=1)] = 256

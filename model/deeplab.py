@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from model.aspp import ASPP
 from model.backbones import build_backbone
-from model.blocks import Norm, Normalize, initialize, resize
+from model.blocks import Features, Norm, Normalize, initialize, resize
 from model.decoder import Decoder
 
 if TYPE_CHECKING:
@@ -34,18 +34,17 @@ class DeepLab(nn.Module):
             image_level_features=config.image_level_features,
             dropout=0.1 if config.dropout is None else config.dropout,
         )
-        self.decoder = (
-            None
-            if config.decoder is None
-            else Decoder(
-                config.aspp_channels,
-                self.backbone.low_level_channels,
+        channels, self.decoder = config.aspp_channels, None
+        if config.decoder is not None:
+            separable = config.decoder.separable
+            self.decoder = Decoder(
+                channels,
+                self.backbone,
                 config.decoder,
                 norm,
-                separable=config.separable,
+                separable=config.separable if separable is None else separable,
             )
-        )
-        channels = config.aspp_channels if self.decoder is None else self.decoder.out_channels
+            channels = config.decoder.channels
         self.logits = nn.Conv2d(channels, num_classes, 1)
         initialize(self.logits, 0.01)
 
@@ -70,10 +69,18 @@ class DeepLab(nn.Module):
         # In float32, so that lower precision does not tie class scores between pixels.
         return resize(self.forward_low_resolution(images).float(), (height, width))
 
-    def forward_low_resolution(self, images: Tensor) -> Tensor:
-        """Logits before the last upsampling: (B, K, H/4, W/4), or H/OS, W/OS without decoder."""
-        features = self.backbone(self.normalize(images))
-        x = self.aspp(features.high_level)
+    def forward_low_resolution(self, images: Tensor, image_mean: Tensor | None = None) -> Tensor:
+        """Logits before the last upsampling: (B, K, H/4, W/4), or H/OS, W/OS without decoder.
+
+        `image_mean` (B, C, 1, 1): `features(...).high_level` averaged over the whole image, where
+        `images` are parts of it.
+        """
+        features = self.features(images)
+        x = self.aspp(features.high_level, image_mean)
         if self.decoder is not None:
-            x = self.decoder(x, features.low_level)
+            x = self.decoder(x, features)
         return self.logits(x)
+
+    def features(self, images: Tensor) -> Features:
+        """What the backbone extracts from RGB images (B, 3, H, W) in 0..255."""
+        return self.backbone(self.normalize(images))

@@ -133,7 +133,15 @@ def test_configuration_chooses_the_backbone():
     assert (ours.name, ours.output_stride) == ("resnet18", 8)
 
 
-@pytest.mark.parametrize("wrong", [{"width": 0.5}, {"middle_units": 4}])
-def test_the_xceptions_sizes_do_not_apply_to_timm(wrong):
-    with pytest.raises(ValueError, match="are for the Xceptions, not for timm:resnet18"):
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"width": 0.5},
+        {"middle_units": 4},
+        {"multi_grid": (1, 2, 4)},
+        {"relu_after_depthwise": True},
+    ],
+)
+def test_what_a_timm_network_has_not_is_refused(wrong):
+    with pytest.raises(ValueError, match="is not for timm:resnet18"):
         build_backbone(ModelConfig(backbone="timm:resnet18", **wrong), 16)

@@ -3,6 +3,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from model.blocks import SeparableConv
 from model.xception import Unit, Xception
 
 
@@ -141,3 +142,42 @@ def test_unknown_name_and_output_stride():
         Xception("xception66", output_stride=16)
     with pytest.raises(ValueError, match="output_stride is 12"):
         _small(output_stride=12)
+
+
+def test_multi_grid_multiplies_the_rates_of_the_last_blocks_three_convolutions():
+    backbone = _small(output_stride=16, multi_grid=(1, 2, 4))
+    units = [block.unit_1 for block in backbone.exit_flow.values()]
+    rates = [
+        [getattr(unit, f"separable_conv{i}").depthwise.conv.dilation[0] for i in (1, 2, 3)]
+        for unit in units
+    ]
+    assert rates == [[1, 1, 1], [2, 4, 8]]
+    backbone.set_output_stride(32)
+    assert units[1].separable_conv3.depthwise.conv.dilation == (4, 4)
+
+
+def test_the_papers_extra_relu_follows_every_depthwise_convolution():
+    released, papers = _small().eval(), _small(relu_after_depthwise=True).eval()
+    papers.load_state_dict(released.state_dict())
+    relus = [m.depthwise.relu for m in papers.modules() if isinstance(m, SeparableConv)]
+    assert all(relus)
+    images = torch.rand(1, 3, 33, 33) * 2 - 1
+    unit, of_paper = released.entry_flow["block1"].unit_1, papers.entry_flow["block1"].unit_1
+    x = torch.randn(1, 8, 9, 9)
+    conv = unit.separable_conv1
+    expected = conv.pointwise(F.relu(conv.depthwise(F.relu(x))))
+    torch.testing.assert_close(of_paper.separable_conv1(x), expected)
+    with torch.no_grad():
+        ratio = papers(images).low_level.abs().mean() / released(images).low_level.abs().mean()
+    assert not 0.99 < ratio < 1.01
+
+
+@pytest.mark.parametrize(("name", "block"), [("xception41", "block3"), ("xception71", "block5")])
+def test_mid_level_features_are_those_before_stride_16(name, block):
+    backbone = _small(name).eval()
+    seen = []
+    second = backbone.entry_flow[block].unit_1.separable_conv2
+    second.register_forward_hook(lambda module, args, output: seen.append(output.clone()))
+    features = backbone(torch.rand(1, 3, 65, 33) * 2 - 1)
+    assert torch.equal(features.mid_level, seen[0])
+    assert features.mid_level.shape == (1, backbone.mid_level_channels, 9, 5)
