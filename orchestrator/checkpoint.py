@@ -1,7 +1,7 @@
 """Checkpoints: directories that exist to a reader only once their manifest.json is there and true.
 
 model.safetensors   weights and buffers of the network
-optimizer.pt        optimizer state, loadable with weights_only=True
+optimizer.pt        optimizer state, loadable with weights_only=True; imported ones have none
 state.json          stage, step, seed, fingerprint, metrics, parents, versions (orchestrator.worker)
 manifest.json       sha256 and size of each file above, written last
 """
@@ -50,10 +50,16 @@ class Checkpoint:
         return self.state["step"]
 
     def weights(self) -> dict[str, "torch.Tensor"]:
-        """All tensors, on the CPU."""
+        """All tensors, on the CPU; CheckpointError when they cannot be read."""
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        return load_file(self.path / WEIGHTS)
+        try:
+            return load_file(self.path / WEIGHTS)
+        except SafetensorError as error:
+            raise CheckpointError(
+                f"{self.path / WEIGHTS}: not a safetensors file: {error}"
+            ) from None
 
     def optimizer(self) -> dict[str, Any]:
         """The optimizer's state_dict, on the CPU."""
@@ -68,7 +74,17 @@ def save_checkpoint(
     optimizer: Mapping[str, Any],
     state: Mapping[str, Any],
 ) -> Checkpoint:
-    """Write `directory`/step-NNNNNNNN in one piece and return it.
+    """Write `directory`/step-NNNNNNNN in one piece and return it; `write_checkpoint` tells how."""
+    return write_checkpoint(directory / f"step-{state['step']:08d}", weights, optimizer, state)
+
+
+def write_checkpoint(
+    final: Path,
+    weights: Mapping[str, "torch.Tensor"],
+    optimizer: Mapping[str, Any] | None,
+    state: Mapping[str, Any],
+) -> Checkpoint:
+    """Write the checkpoint directory `final`, in the place of what is there, and return it.
 
     Everything is written and forced to disk under a temporary name, the manifest last, then the
     directory is renamed: a kill at any moment leaves the checkpoint whole or not there.
@@ -76,25 +92,23 @@ def save_checkpoint(
     import torch
     from safetensors.torch import save_file
 
-    final = directory / f"step-{state['step']:08d}"
-    temporary = directory / f".{final.name}.{os.getpid()}.tmp"
+    temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     save_file({name: tensor.contiguous() for name, tensor in weights.items()}, temporary / WEIGHTS)
-    torch.save(optimizer, temporary / OPTIMIZER)
+    (temporary / WEIGHTS).chmod(temporary.stat().st_mode & 0o666)  # else for their owner alone
+    if optimizer is not None:
+        torch.save(optimizer, temporary / OPTIMIZER)
     write_json(temporary / STATE, state)
     files = {}
-    for name in (WEIGHTS, OPTIMIZER, STATE):
-        sync(temporary / name)
-        files[name] = {
-            "sha256": sha256(temporary / name),
-            "size": (temporary / name).stat().st_size,
-        }
+    for path in sorted(temporary.iterdir()):
+        sync(path)
+        files[path.name] = {"sha256": sha256(path), "size": path.stat().st_size}
     write_json(temporary / MANIFEST, {"files": files})
     if final.exists():  # a damaged or superseded one of an earlier attempt
         shutil.rmtree(final)
     os.rename(temporary, final)
-    sync(directory)
+    sync(final.parent)
     return Checkpoint(path=final, files=files, state=state)
 
 
@@ -109,12 +123,21 @@ def read_checkpoint(path: Path, *, verify: bool = True) -> Checkpoint:
         raise CheckpointError(
             f"{path}: not a checkpoint (no {MANIFEST}, so it was never completed)"
         )
-    for name, expected in manifest["files"].items():
+    try:
+        files = {
+            name: (entry["size"], entry["sha256"]) for name, entry in manifest["files"].items()
+        }
+        _ = files[WEIGHTS], files[STATE]
+    except (AttributeError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{path / MANIFEST}: not a checkpoint's manifest ({type(error).__name__}: {error})"
+        ) from None
+    for name, (expected, digest) in files.items():
         file = path / name
         size = file.stat().st_size if file.exists() else None
-        if size != expected["size"]:
-            raise CheckpointError(f"{file}: size {size}, but {expected['size']} in the manifest")
-        if verify and sha256(file) != expected["sha256"]:
+        if size != expected:
+            raise CheckpointError(f"{file}: size {size}, but {expected} in the manifest")
+        if verify and sha256(file) != digest:
             raise CheckpointError(f"{file}: sha256 differs from the manifest: the file is damaged")
     return Checkpoint(path=path, files=manifest["files"], state=_read(path / STATE))
 

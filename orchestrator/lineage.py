@@ -51,7 +51,8 @@ def trace(checkpoint: Checkpoint) -> Link:
     parents = checkpoint.state["parents"]
     run_id = (read_json(Run(checkpoint.path.parents[1]).tracking) or {}).get("run_id")
     parent, broken = None, None
-    if parents:
+    # Of weights from elsewhere there is nothing more to follow.
+    if parents and not parents[0].get("origin"):
         record = parents[0]
         try:
             earlier = read_checkpoint(_parent_path(checkpoint, record), verify=False)
@@ -94,5 +95,6 @@ def as_lines(link: Link) -> list[str]:
     if link.broken:
         return [*lines, f"  chain broken: {link.broken}"]
     for record in state["parents"]:
-        lines.append(f"  started from {record['weights']} (sha256 {record['digest']})")
+        origin = record.get("origin") or record["weights"]
+        lines.append(f"  started from {origin} (sha256 {record['digest']})")
     return lines if state["parents"] else [*lines, "  started from scratch (random initialisation)"]

@@ -5,8 +5,6 @@ checkpoint that start_from names, random initialisation.
 """
 
 import difflib
-import json
-import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +14,7 @@ from orchestrator.checkpoint import WEIGHTS, Checkpoint, newest_checkpoint, read
 from orchestrator.config import StageSettings, StartFrom
 from orchestrator.errors import CheckpointError
 from orchestrator.files import sha256
+from orchestrator.foreign import fetch_weights, is_foreign
 from orchestrator.runs import all_runs
 
 if TYPE_CHECKING:
@@ -35,6 +34,7 @@ class Start:
     step: int | None = None
     fingerprint: str | None = None
     class_names: tuple[str, ...] | None = None
+    origin: str | None = None  # where weights that are no checkpoint of ours came from
 
     def as_json(self) -> dict[str, Any]:
         """For run.json and state.json."""
@@ -87,18 +87,29 @@ def resolve_start(
     wanted = stage.start_from
     if wanted is None:
         return None
-    if wanted.checkpoint in results:
-        return _start(results[wanted.checkpoint], wanted, stage.task)
-    if "/" in wanted.checkpoint or wanted.checkpoint.endswith(".safetensors"):
-        return _from_path(Path(wanted.checkpoint).expanduser().absolute(), wanted)
+    place = wanted.checkpoint
+    if place in results:
+        return _start(results[place], wanted, stage.task)
+    if is_foreign(place):
+        return _from_elsewhere(stage, wanted, storage)
+    if "/" in place:
+        return _from_path(Path(place).expanduser().absolute(), wanted)
     return _from_stage(stage, wanted, storage)
 
 
+def _from_elsewhere(stage: StageSettings, wanted: StartFrom, storage: Path) -> Start:
+    weights = fetch_weights(wanted.checkpoint, stage.model, stage.task, storage)
+    # Ours, or a TensorFlow one under our names, and with its head; others fit as backbones.
+    whole = any(name.endswith("aspp.branch0.conv.weight") for name in read_shapes(weights))
+    return Start(
+        weights=str(weights),
+        digest=sha256(weights),
+        take=wanted.take or ("network" if whole else "backbone"),
+        origin=wanted.checkpoint,
+    )
+
+
 def _from_path(path: Path, wanted: StartFrom) -> Start:
-    if path.suffix == ".safetensors":
-        if not path.is_file():
-            raise CheckpointError(f"start_from: {path}: no such file")
-        return Start(weights=str(path), digest=sha256(path), take=wanted.take or "backbone")
     checkpoint = read_checkpoint(path) if (path / WEIGHTS).exists() else newest_checkpoint(path)
     if checkpoint is None:
         raise CheckpointError(f"start_from: {path}: holds no valid checkpoint")
@@ -144,16 +155,14 @@ def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """Names and shapes in a safetensors file, from its header alone.
 
     Raises:
-        CheckpointError: not a safetensors file.
+        CheckpointError: not a safetensors file, or a damaged one.
     """
+    from safetensors import SafetensorError, safe_open
+
     try:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            if length > 100_000_000:
-                raise ValueError("header too long")
-            header = json.loads(file.read(length))
-        return {k: tuple(v["shape"]) for k, v in header.items() if k != "__metadata__"}
-    except (OSError, struct.error, ValueError, KeyError, TypeError) as error:
+        with safe_open(path, framework="numpy") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: not a safetensors file ({error})") from None
 
 
@@ -173,7 +182,12 @@ def plan_hand_over(
     parts = ("backbone.",) if start.take == "backbone" else ("",)
     source_of = _match_names(network, checkpoint)
     wanted = [
-        n for n in network if n.startswith(parts) and not n.startswith(class_layers or ("\0",))
+        name
+        for name in network
+        if name.startswith(parts)
+        and not name.startswith(class_layers)
+        # A count of PyTorch's that other formats, and its own old files, have not.
+        and (name in source_of or not name.endswith(".num_batches_tracked"))
     ]
     taken = {name: source_of[name] for name in wanted if name in source_of}
     if not taken:
@@ -202,18 +216,28 @@ def plan_hand_over(
 
 
 def _match_names(network: Shapes, checkpoint: Shapes) -> dict[str, str]:
-    """Network name -> checkpoint name, under the renaming that matches most names.
+    """Network name -> checkpoint name, under the naming that matches most names.
 
-    Foreign files may carry the wrappers of DDP or torch.compile, or be a bare backbone.
+    Foreign files may be a bare backbone, have timm's names, and have any prefix before all of them
+    ("module.", "_orig_mod.", "encoder."). timm joins the levels of a name with dots or underscores.
     """
-    renamings = [
-        {name: name for name in checkpoint},
-        {name.removeprefix("module."): name for name in checkpoint},
-        {name.removeprefix("_orig_mod."): name for name in checkpoint},
-        {f"backbone.{name}": name for name in checkpoint},
-    ]
-    best = max(renamings, key=lambda names: len(names.keys() & network.keys()))
-    return {name: best[name] for name in network if name in best}
+    from model.importers import timm_names
+
+    flat = {name.replace(".", "_"): name for name in checkpoint}
+    bare = {n: n.removeprefix("backbone.") for n in network if n.startswith("backbone.")}
+    best: dict[str, str] = {}
+    for naming in ({n: n for n in network}, bare, timm_names(network)):
+        foreign = {own: name.replace(".", "_") for own, name in naming.items()}
+        anchor = next(iter(foreign.values()), None)
+        ends = (
+            {name.removesuffix(anchor) for name in flat if name.endswith(anchor)} if anchor else ()
+        )
+        for prefix in sorted(ends):
+            found = {
+                own: flat[prefix + name] for own, name in foreign.items() if prefix + name in flat
+            }
+            best = max(best, found, key=len)
+    return best
 
 
 def apply_hand_over(
@@ -224,6 +248,7 @@ def apply_hand_over(
     Raises:
         CheckpointError: the file changed since it was resolved, or does not fit.
     """
+    import torch
     from safetensors.torch import load_file
 
     if sha256(Path(start.weights)) != start.digest:
@@ -236,5 +261,12 @@ def apply_hand_over(
         start,
         class_names,
     )
-    network.load_state_dict({name: source[key] for name, key in plan.taken.items()}, strict=False)
+    taken = {name: source[key] for name, key in plan.taken.items()}
+    for name, tensor in taken.items():
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(
+                f"{start.origin or start.weights}: {name} has values that are not finite: the "
+                "weights are damaged, or their training diverged"
+            )
+    network.load_state_dict(taken, strict=False)
     return plan

@@ -105,3 +105,10 @@ def test_pickles_are_not_loaded(tmp_path: Path) -> None:
     torch.save({"state": Evil()}, checkpoint.path / "optimizer.pt")
     with pytest.raises(Exception, match=r"[Ww]eights_only"):
         checkpoint.optimizer()
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"files": {}}', '{"files": {"x": 1}}', "{"])
+def test_a_manifest_that_is_none_is_told(tmp_path: Path, content: str) -> None:
+    (tmp_path / "manifest.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"manifest\.json: not"):
+        read_checkpoint(tmp_path)

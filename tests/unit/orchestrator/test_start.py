@@ -1,9 +1,12 @@
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from safetensors.torch import save_file
 
+from model.build import build_network
+from model.config import ModelConfig
 from orchestrator.errors import CheckpointError
 from orchestrator.files import sha256
 from orchestrator.start import Start, apply_hand_over, plan_hand_over, read_shapes
@@ -91,3 +94,51 @@ def test_a_pickle_is_no_safetensors_file(tmp_path: Path) -> None:
     torch.save({"a": torch.ones(1)}, path)
     with pytest.raises(CheckpointError, match="not a safetensors file"):
         read_shapes(path)
+
+
+def _shapes(network: torch.nn.Module, prefix: str = "") -> dict[str, tuple[int, ...]]:
+    return {prefix + name: tuple(t.shape) for name, t in network.state_dict().items()}
+
+
+@pytest.mark.parametrize("prefix", ["", "encoder.", "module.backbone."])
+@pytest.mark.parametrize(
+    ("backbone", "foreign"),
+    [
+        ("xception41", "xception41"),
+        ("timm:resnet18", "resnet18"),
+        ("timm:convnext_atto", "convnext_atto"),
+        ("timm:efficientnet_lite0", "efficientnet_lite0"),
+    ],
+)
+def test_files_of_timm_fit_by_name(backbone: str, foreign: str, prefix: str) -> None:
+    with torch.device("meta"):
+        network = build_network(ModelConfig(backbone=backbone), "segmentation", 5)
+        source = _shapes(timm.create_model(foreign), prefix)
+    plan = plan_hand_over(_shapes(network), source, start("backbone", None), CLASSES)
+    assert set(plan.taken) == {n for n in network.state_dict() if n.startswith("backbone.")}
+    assert {name.removeprefix(prefix).split(".")[0] for name in plan.left_out} <= {
+        *("fc", "head", "classifier", "conv_head", "bn2")
+    }
+
+
+def test_torchvisions_resnet_fits_timms() -> None:
+    models = pytest.importorskip("torchvision.models")
+    with torch.device("meta"):
+        network = build_network(ModelConfig(backbone="timm:resnet18"), "segmentation", 5)
+        source = _shapes(models.resnet18(weights=None))
+    plan = plan_hand_over(_shapes(network), source, start("backbone", None), CLASSES)
+    assert plan.left_out == ("fc.weight", "fc.bias")
+
+
+def test_counts_of_batches_may_be_missing() -> None:
+    network = NETWORK | {"backbone.norm.num_batches_tracked": ()}
+    plan = plan_hand_over(network, NETWORK, start("network"), CLASSES)
+    assert plan.fresh == ("backbone.norm.num_batches_tracked",)
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "w.safetensors"
+    save_file({"0.weight": torch.full((2, 2), torch.nan), "0.bias": torch.zeros(2)}, path)
+    wanted = Start(weights=str(path), digest=sha256(path), take="network")
+    with pytest.raises(CheckpointError, match=r"0\.weight has values that are not finite"):
+        apply_hand_over(torch.nn.Sequential(torch.nn.Linear(2, 2)), wanted, CLASSES)
