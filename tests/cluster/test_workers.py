@@ -15,14 +15,16 @@ COMPARED = ("train/loss", "train/lr", "val/miou", "val/pixel_accuracy")
 def test_two_workers_give_the_losses_of_one(
     tiny_data: Path, tmp_path: Path, atrous: Atrous, environment: dict[str, str]
 ) -> None:
-    """Unequal parts (5 slots over 2 workers), unequal counts of labelled pixels, one loss.
+    """Unequal parts (3 slots over 2 workers), unequal counts of labelled pixels, one loss.
 
-    Batch norm is frozen and dropout off: their statistics and masks are each worker's own.
+    Batch norm is synchronised and dropout off: its masks are each worker's own. The rate is low,
+    because statistics of 3 pooled values multiply rounding at every step of a larger one.
     """
     settings = stage("tiny-voc", "segmentation", "tiny-voc")
     job = {"kind": "stage", "data_root": str(tiny_data)} | settings
-    job["model"] |= {"batch_norm": {"frozen": True}, "dropout": 0.0}
-    job |= {"global_batch": 5, "steps": 8}
+    job["model"] |= {"batch_norm": {"sync": True}, "dropout": 0.0}
+    job["optimizer"]["lr"] = 0.002
+    job |= {"global_batch": 3, "steps": 5}
     journals = []
     for workers in (0, 2):
         environment["ATROUS_STORAGE"] = str(tmp_path / str(workers))
@@ -35,4 +37,4 @@ def test_two_workers_give_the_losses_of_one(
     for one, two in zip(*journals, strict=True):
         assert one["step"] == two["step"]
         exact = [{k: v for k, v in r["metrics"].items() if k in COMPARED} for r in (one, two)]
-        assert exact[0] == pytest.approx(exact[1], rel=1e-4)
+        assert exact[0] == pytest.approx(exact[1], rel=1e-5)

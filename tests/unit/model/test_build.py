@@ -86,17 +86,49 @@ def test_parameters_that_do_not_train_are_left_out():
     assert grouped < len([*network.parameters()])
 
 
-@pytest.mark.parametrize("config", [TINY, ModelConfig(backbone="timm:test_resnet")])
+@pytest.mark.parametrize(
+    ("backbone", "eps", "momentum"),
+    [
+        ("xception41", 1e-3, 3e-4),
+        ("xception65", 1e-3, 3e-4),
+        ("xception71", 1e-3, 3e-4),
+        ("resnet_v1_50", 1e-5, 0.05),
+        ("resnet_v1_50_beta", 1e-5, 0.05),
+        ("resnet_v1_101", 1e-5, 0.05),
+        ("resnet_v1_101_beta", 1e-5, 0.05),
+        ("timm:resnet18", 1e-5, 0.1),
+        ("timm:xception65", 1e-3, 0.1),
+    ],
+)
+def test_batch_norm_has_the_references_constants(backbone, eps, momentum):
+    """The head's are the same around every backbone."""
+    with torch.device("meta"):
+        network = build_network(ModelConfig(backbone=backbone), "segmentation", 21)
+    assert _constants(network.backbone) == {(eps, momentum)}
+    assert _constants(network.aspp) | _constants(network.decoder) == {(1e-5, 3e-4)}
+
+
+def _constants(network):
+    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+    return {(norm.eps, norm.momentum) for norm in norms}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [TINY, ModelConfig(backbone="timm:test_resnet"), ModelConfig(backbone="resnet_v1_50_beta")],
+)
 def test_frozen_batch_norm_keeps_statistics_and_trains_gamma_and_beta(config):
     torch.manual_seed(0)
     network = build_network(config, "segmentation", 3).train()
     freeze_batch_norm(network)
+    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert norms
+    for norm in norms:
+        nn.init.ones_(norm.weight)  # timm's residuals start at 0 and would pass no gradient on
     before = {name: tensor.clone() for name, tensor in network.named_buffers()}
     network(torch.rand(1, 3, 33, 33) * 255).square().mean().backward()
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.named_buffers())
-    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
-    assert norms
-    assert all(norm.weight.grad is not None and norm.bias.grad is not None for norm in norms)
+    assert all(norm.weight.grad.any() and norm.bias.grad.any() for norm in norms)
     assert network.training
     assert network.aspp.dropout.training
 
