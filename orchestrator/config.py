@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from data_pipeline.config import DataConfig
-from model.config import ModelConfig, Task
+from model.config import ModelConfig, OutputStride, Task
 from orchestrator.duration import Duration
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
@@ -42,7 +42,8 @@ class StartFrom(_Section):
     """Where a stage's weights come from, and how much of them is taken."""
 
     checkpoint: str = Field(
-        description="name of an earlier stage, or path (with a /) of a checkpoint or .safetensors"
+        description="name of an earlier stage; path (with a /) of a checkpoint; a file of weights, "
+        ".safetensors or .pth; timm:NAME, weights of timm; tf:PATH, a TensorFlow DeepLab checkpoint"
     )
     take: Literal["backbone", "network"] | None = Field(
         default=None,
@@ -77,14 +78,38 @@ class StepExponential(_Section):
     warmup: Duration | None = None
 
 
+class HardPixels(_Section):
+    """Only the pixels of largest loss in a worker's batch count, as in the reference."""
+
+    fraction: Annotated[float, Field(gt=0, le=1)]
+    anneal: Duration | None = Field(
+        default=None, description="time over which the share falls from all pixels to fraction"
+    )
+
+
+class Loss(_Section):
+    """The loss of a task: softmax cross-entropy, or for multilabel a sigmoid one of each class."""
+
+    class_weights: dict[str, Annotated[float, Field(ge=0)]] = Field(
+        default={}, description="factor on the loss where the label is this class; others: 1"
+    )
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    hard_pixels: HardPixels | None = Field(
+        default=None, description="segmentation: hard pixel mining; null: all pixels count"
+    )
+
+
 class Evaluate(_Section):
     """When and how the validation split is evaluated; the last step always is."""
 
     every: Duration = "1 epochs"
-    output_stride: Literal[8, 16, 32] | None = Field(default=None, description="None: the model's")
-    scale: Annotated[float, Field(gt=0, le=4)] = Field(
-        default=1.0,
-        description="segmentation: images are resized by it, logits to the image's own size",
+    output_stride: OutputStride | None = Field(default=None, description="None: the model's")
+    scales: Annotated[tuple[Annotated[float, Field(gt=0, le=4)], ...], Field(min_length=1)] = Field(
+        default=(1.0,),
+        description="segmentation: class probabilities are averaged over the image at these scales",
+    )
+    flip: bool = Field(
+        default=False, description="segmentation: and over the image and its mirror image"
     )
     batch: Annotated[int, Field(ge=1)] = 8
 
@@ -149,6 +174,7 @@ class StageSettings(_Section):
     start_from: StartFrom | None = Field(default=None, description="None: from scratch")
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     model: ModelConfig = ModelConfig()
+    loss: Loss = Loss()
     data: DataConfig
     optimizer: Sgd
     schedule: Annotated[Poly | StepExponential, Field(discriminator="name")]
@@ -187,9 +213,17 @@ class StageSettings(_Section):
         return self
 
     @model_validator(mode="after")
-    def _scale_is_of_segmentation(self) -> "StageSettings":
-        if self.task != "segmentation" and self.evaluate.scale != 1:
-            raise ValueError(f"evaluate.scale is for segmentation; {self.task} has none")
+    def _of_segmentation(self) -> "StageSettings":
+        if self.task != "segmentation":
+            for field, value, default in (
+                ("evaluate.scales", self.evaluate.scales, (1.0,)),
+                ("evaluate.flip", self.evaluate.flip, False),
+                ("loss.hard_pixels", self.loss.hard_pixels, None),
+            ):
+                if value != default:
+                    raise ValueError(f"{field} is for segmentation; {self.task} has none")
+        if self.task == "multilabel" and self.loss != Loss():
+            raise ValueError("loss.class_weights and label_smoothing are not for multilabel")
         return self
 
     @property

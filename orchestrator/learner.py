@@ -9,7 +9,7 @@ from model.build import freeze_batch_norm
 from orchestrator.config import StageSettings
 from orchestrator.loop import Metrics
 from orchestrator.place import Place
-from orchestrator.task import make_loss
+from orchestrator.task import Loss
 
 
 class Learner:
@@ -20,7 +20,7 @@ class Learner:
         network: torch.nn.Module,
         stage: StageSettings,
         place: Place,
-        ignore_label: int | None,
+        loss: Loss,
         loader: TrainLoader,
     ) -> None:
         self._network = network
@@ -28,7 +28,7 @@ class Learner:
         self._global_batch = stage.global_batch
         self._frozen = stage.model.batch_norm.frozen
         self._place = place
-        self._loss = make_loss(stage.task, ignore_label)
+        self._loss = loss
         self._loader = loader
         self._clear()
 
@@ -38,7 +38,7 @@ class Learner:
         self._waited = self._loader.wait_seconds
         self._began: float | None = None
 
-    def backward(self, batch: Batch) -> None:
+    def backward(self, step: int, batch: Batch) -> None:
         """Gradients of the loss summed over the global batch and divided by its global count.
 
         DDP averages gradients over workers; the factor `world` turns that into their sum, so a
@@ -54,7 +54,7 @@ class Learner:
         labels = batch.labels.to(place.device, non_blocking=True)
         with place.autocast():
             outputs = self._distributed(images)
-        total, count = self._loss(outputs, labels)
+        total, count = self._loss(outputs, labels, step)
         sums = torch.stack([total.detach().double(), count.detach().double()])
         self._sums += sums
         global_count = place.sum(sums[1].clone()).clamp(min=1)

@@ -28,7 +28,7 @@ class Training:
     seed: Callable[[int], None]  # random state of a step: dropout repeats after a restart
     schedule: Schedule
     optimizer: torch.optim.Optimizer
-    backward: Callable[[Batch], None]  # forward and backward of one batch
+    backward: Callable[[int, Batch], None]  # forward and backward of one step's batch
     read_meters: Callable[[], Metrics]  # training metrics since the last reading
     evaluate: Callable[[], Metrics]
     log: Callable[[int, Metrics], None]
@@ -46,7 +46,7 @@ def train(run: Training) -> None:
         run.seed(step)
         for group in run.optimizer.param_groups:
             group["lr"] = run.schedule(step)
-        run.backward(next(run.batches))
+        run.backward(step, next(run.batches))
         run.optimizer.step()
         run.optimizer.zero_grad(set_to_none=True)
 

@@ -1,5 +1,6 @@
 """One stage on the driver's side: plan it, then train it with Ray Train."""
 
+import difflib
 import time
 import traceback
 from collections.abc import Mapping
@@ -123,21 +124,35 @@ def _check_data(stage: StageSettings, train: Dataset, val: Dataset) -> None:
             f"{stage.name}: data: train has {len(train.manifest.class_names)} classes, val has "
             f"{len(val.manifest.class_names)}, or their names differ; prepare both from one source"
         )
+    _check_class_weights(stage, train)
     if stage.task == "segmentation":
         _check_pooling(stage)
         _check_crop(stage, val)
 
 
+def _check_class_weights(stage: StageSettings, train: Dataset) -> None:
+    names = train.manifest.class_names
+    for name in stage.loss.class_weights:
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1)
+            cure = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(names[:30])}"
+            raise RunError(
+                f"{stage.name}: loss.class_weights: {train.manifest.dataset} has no class "
+                f"{name!r}; {cure}"
+            )
+
+
 def _check_pooling(stage: StageSettings) -> None:
     """Batch normalisation of one value per channel has no variance."""
-    per_worker = stage.global_batch // max(1, stage.cluster.max_workers)
-    pooled = stage.model.image_level_features and not stage.model.batch_norm.frozen
-    if pooled and per_worker < 2:
+    norm, workers = stage.model.batch_norm, max(1, stage.cluster.max_workers)
+    together = stage.global_batch if norm.sync else stage.global_batch // workers
+    pooled = stage.model.image_level_features and not norm.frozen
+    if pooled and together < 2:
         raise RunError(
-            f"{stage.name}: global_batch: {stage.global_batch} over {stage.cluster.max_workers} "
-            "workers leaves one image to a worker, and batch normalisation of the image-level "
-            "features needs two; raise global_batch, lower cluster.workers, or set "
-            "model.batch_norm.frozen"
+            f"{stage.name}: global_batch: {stage.global_batch} over {workers} workers leaves one "
+            "image to a worker, and batch normalisation of the image-level features needs two; "
+            "raise global_batch, lower cluster.workers, or set model.batch_norm.frozen, or "
+            "model.batch_norm.sync where there are more workers"
         )
 
 
@@ -160,10 +175,13 @@ def _network_shapes(stage: StageSettings, train: Dataset) -> dict[str, tuple[int
     import torch
 
     from model.build import build_network
+    from model.sync_batch_norm import synchronize_batch_norm
 
     try:
         with torch.device("meta"):
             network = build_network(stage.model, stage.task, len(train.manifest.class_names))
+            if stage.model.batch_norm.sync:
+                synchronize_batch_norm(network)
     except ValueError as error:
         raise RunError(f"{stage.name}: model: {error}") from None
     return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}

@@ -5,11 +5,15 @@ from typing import Any, Protocol
 
 import torch
 
+from data_pipeline.manifest import Manifest
 from model.config import Task
-from model.losses import sigmoid_cross_entropy, softmax_cross_entropy
+from model.losses import annealed_fraction, sigmoid_cross_entropy, softmax_cross_entropy
 from model.metrics import ClassificationMetrics, MultilabelMetrics, SegmentationMetrics
+from orchestrator.config import StageSettings
+from orchestrator.duration import to_steps
 
-Loss = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+# (outputs, labels, step from 0) -> (sum, count)
+Loss = Callable[[torch.Tensor, torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
 
 
 class Metrics(Protocol):
@@ -32,11 +36,28 @@ class Metrics(Protocol):
         """The ratios."""
 
 
-def make_loss(task: Task, ignore_label: int | None) -> Loss:
-    """(outputs, labels) -> (sum, count)."""
-    if task == "multilabel":
-        return sigmoid_cross_entropy
-    return lambda logits, labels: softmax_cross_entropy(logits, labels, ignore_label)
+def make_loss(
+    stage: StageSettings, data: Manifest, steps_per_epoch: int, device: torch.device
+) -> Loss:
+    """The loss of a stage on its training data; a pure function of the step, so it resumes."""
+    if stage.task == "multilabel":
+        return lambda logits, targets, _: sigmoid_cross_entropy(logits, targets)
+    settings, weights = stage.loss, None
+    if settings.class_weights:
+        by_class = [settings.class_weights.get(name, 1.0) for name in data.class_names]
+        weights = torch.tensor(by_class, dtype=torch.float32, device=device)
+    hard = settings.hard_pixels
+    if hard is not None and hard.fraction == 1:
+        hard = None  # the reference counts pixels of loss 0 too when it does not mine
+    anneal = to_steps(hard.anneal, steps_per_epoch) if hard and hard.anneal is not None else 0
+    return lambda logits, labels, step: softmax_cross_entropy(
+        logits,
+        labels,
+        data.ignore_label,
+        class_weights=weights,
+        label_smoothing=settings.label_smoothing,
+        hard_fraction=annealed_fraction(hard.fraction, step, anneal) if hard else None,
+    )
 
 
 def make_metrics(task: Task, class_names: tuple[str, ...], ignore_label: int | None) -> Metrics:

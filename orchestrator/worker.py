@@ -15,6 +15,7 @@ from data_pipeline.dataset import Dataset, open_dataset
 from data_pipeline.loader import TrainLoader
 from data_pipeline.plan import slots_of_rank
 from model.build import Network, build_network, decay_groups
+from model.sync_batch_norm import synchronize_batch_norm
 from orchestrator.checkpoint import newest_checkpoint, prune_checkpoints, save_checkpoint
 from orchestrator.config import StageSettings
 from orchestrator.duration import to_steps
@@ -27,6 +28,7 @@ from orchestrator.place import Place, find_place
 from orchestrator.record import data_record, versions
 from orchestrator.runs import Run, append_journal, truncate_journal
 from orchestrator.start import Start, apply_hand_over
+from orchestrator.task import make_loss
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +90,8 @@ def train_worker(config: dict[str, Any]) -> None:
     )
     schedule = make_schedule(stage.schedule, stage.optimizer.lr, steps, work.steps_per_epoch)
     with loader:
-        learner = Learner(work.network, stage, place, work.train_set.manifest.ignore_label, loader)
+        loss = make_loss(stage, work.train_set.manifest, work.steps_per_epoch, place.device)
+        learner = Learner(work.network, stage, place, loss, loader)
         train(
             Training(
                 start=start,
@@ -116,6 +119,8 @@ def _build(assignment: Assignment) -> Work:
     train_set = open_dataset(data, stage.data.train.dataset, stage.data.train.split)
     torch.manual_seed(stage.seed)
     network = build_network(stage.model, stage.task, len(train_set.manifest.class_names))
+    if stage.model.batch_norm.sync:
+        synchronize_batch_norm(network)
     # The layout of the loader's batches; quicker on the CPU too (docs/log.md).
     network.to(device=place.device).to(memory_format=torch.channels_last)
     groups = decay_groups(network, stage.optimizer.weight_decay)

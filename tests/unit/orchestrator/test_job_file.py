@@ -50,7 +50,7 @@ def test_stage_and_pipeline_are_read(tmp_path: Path) -> None:
             "model.backbone: 'xception66': string should match",
         ),
         ({"global_batch": None}, "global_batch: None: input should be a valid integer"),
-        ({"evaluate": {"scale": 0.5}}, "evaluate.scale is for segmentation"),
+        ({"evaluate": {"scales": [0.5]}}, "evaluate.scales is for segmentation"),
         ({"epochs": 3}, "give exactly one of steps and epochs"),
         ({"log_every": "3 days"}, "log_every: '3 days': must be a number of steps (1000) or of"),
         ({"cluster": {"workers": [4, 2]}}, "cluster: workers: [4, 2] is not [min, max]"),

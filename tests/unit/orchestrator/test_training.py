@@ -78,6 +78,30 @@ def test_killed_at_any_step_equals_undisturbed(
     assert planned.run.read()["attempts"] == 2
 
 
+def test_an_annealed_loss_goes_on_where_it_was(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every option of the loss; the share of hard pixels depends on the step alone."""
+
+    def die(path: Path, record: dict[str, Any]) -> None:
+        append_journal(path, record)
+        if record["step"] == 3:
+            raise KeyboardInterrupt("killed")
+
+    hard = {"fraction": 0.25, "anneal": "2 epochs"}
+    loss = {"class_weights": {"background": 0.5}, "label_smoothing": 0.1, "hard_pixels": hard}
+    whole, interrupted = (plan(tiny_data, tmp_path / name, loss=loss) for name in ("a", "b"))
+    run(whole)
+    monkeypatch.setattr(worker, "append_journal", die)
+    with pytest.raises(KeyboardInterrupt):
+        run(interrupted)
+    monkeypatch.undo()
+    run(interrupted)
+    assert series(interrupted) == series(whole)
+    losses = [metrics["train/loss"] for _, metrics in series(whole)]
+    assert losses[-1] > 1.1 * losses[0]  # the mean of ever fewer, ever harder pixels
+
+
 def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(
     undisturbed: PlannedStage, tiny_data: Path, tmp_path: Path
 ) -> None:
@@ -142,6 +166,16 @@ def test_frozen_batch_norm_keeps_its_statistics(tiny_data: Path, tmp_path: Path)
             RunError,
             "batch normalisation of the image-level features needs two",
         ),
+        (
+            {"loss": {"class_weights": {"background": 1.0, "aeroplan": 2.0}}},
+            RunError,
+            r"loss\.class_weights: tiny-voc has no class 'aeroplan'; did you mean 'aeroplane'\?",
+        ),
+        (
+            {"loss": {"class_weights": {"qqqq": 2.0}}},
+            RunError,
+            "has no class 'qqqq'; it has background, aeroplane, ",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused_before_it_starts(
@@ -150,6 +184,19 @@ def test_what_cannot_work_is_refused_before_it_starts(
     with pytest.raises(error, match=message):
         plan(tiny_data, tmp_path, **changes)
     assert not (tmp_path / "runs").exists()
+
+
+def test_one_image_to_a_worker_needs_synchronised_batch_norm(
+    tiny_data: Path, tmp_path: Path
+) -> None:
+    settings = stage("tiny", "segmentation", "tiny-voc")
+    two = {"global_batch": 2, "cluster": {"workers": [1, 2]}}
+    with pytest.raises(RunError, match=r"over 2 workers leaves one image.*batch_norm\.sync"):
+        plan(tiny_data, tmp_path, **two)
+    synced = settings["model"] | {"batch_norm": {"sync": True}}
+    assert plan(tiny_data, tmp_path, model=synced, **two).steps == 6
+    with pytest.raises(RunError, match="over 1 workers leaves one image"):
+        plan(tiny_data, tmp_path, model=synced, global_batch=1)
 
 
 def test_data_that_is_not_there_or_does_not_fit(tiny_data: Path, tmp_path: Path) -> None:
