@@ -74,12 +74,12 @@ class AtrousConv2d(nn.Conv2d):
         """oneDNN has no depthwise kernels for the gradients at rates, nor for rates above 6."""
         rate = self.dilation[0]
         return (
-            rate > (1 if torch.is_grad_enabled() else 6)
+            not torch.compiler.is_compiling()  # first, so that a trace holds no guards
+            and rate > (1 if torch.is_grad_enabled() else 6)
             and self.groups == self.in_channels == self.out_channels
             and (self.kernel_size, self.stride) == ((3, 3), (1, 1))
             and x.device.type == "cpu"
             and x.is_contiguous(memory_format=torch.channels_last)
-            and not torch.compiler.is_compiling()
         )
 
 
