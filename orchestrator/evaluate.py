@@ -10,30 +10,14 @@ from data_pipeline.config import as_size
 from data_pipeline.dataset import Dataset
 from data_pipeline.loader import EvalLoader, EvalSample
 from data_pipeline.plan import eval_indices
-from model.blocks import resize
 from model.build import Network
 from model.deeplab import DeepLab
+from model.inference import aligned_side, make_views, pad_image, predict_labels
 from orchestrator.config import StageSettings
 from orchestrator.place import Place
 from orchestrator.task import Metrics, make_metrics
 
 Size = tuple[int, int]
-
-
-def aligned_side(side: int) -> int:
-    """The next 16k+1 from `side` on: there corner pixels stay aligned at every stride."""
-    return -(-(side - 1) // 16) * 16 + 1
-
-
-def pad_image(image: torch.Tensor, size: Size, mean_pixel: torch.Tensor) -> torch.Tensor:
-    """Pad (3, H, W) at the bottom and right with the mean colour, as the reference does.
-
-    Returns float32: the mean colour is no whole number, and after normalisation it must be zero.
-    """
-    height, width = image.shape[-2:]
-    padded = mean_pixel.view(3, 1, 1).expand(3, *size).clone()
-    padded[:, :height, :width] = image
-    return padded
 
 
 def evaluate(
@@ -73,21 +57,22 @@ def _segment(
     stage: StageSettings,
     device: torch.device,
 ) -> None:
-    """Add the argmax predictions of whole images, padded to the crop (None: to their own 16k+1).
+    """Add the predictions of whole images, padded to the crop (None: to their own aligned size).
 
     Images of one padded size go through the network together.
     """
-    size = as_size(stage.data.val.crop) if stage.data.val.crop else None
-    scale = stage.evaluate.scale
+    crop = as_size(stage.data.val.crop) if stage.data.val.crop else None
+    views = make_views(stage.evaluate.scales, stage.evaluate.flip)
     mean_pixel = torch.tensor(network.mean_pixel, dtype=torch.float32, device=device)
-    for group in _groups(samples, lambda sample: size or _aligned(sample), stage.evaluate.batch):
-        padded = size or _aligned(group[0])
-        images = torch.stack([pad_image(s.image.to(device), padded, mean_pixel) for s in group])
-        if scale != 1:
-            images = resize(images, (_scaled(padded[0], scale), _scaled(padded[1], scale)))
-        images = images.contiguous(memory_format=torch.channels_last)
-        logits = resize(network.forward_low_resolution(images).float(), padded)
-        predictions = logits.argmax(dim=1).to(torch.uint8).cpu()
+
+    def padded(sample: EvalSample) -> Size:
+        height, width = sample.image.shape[-2:]
+        return crop or (aligned_side(height, network, views), aligned_side(width, network, views))
+
+    for group in _groups(samples, padded, stage.evaluate.batch):
+        size = padded(group[0])
+        images = torch.stack([pad_image(s.image.to(device), size, mean_pixel) for s in group])
+        predictions = predict_labels(network, images, views).cpu()
         for sample, prediction in zip(group, predictions, strict=True):
             height, width = sample.label.shape
             metrics.update(prediction[:height, :width], sample.label)
@@ -118,16 +103,6 @@ def merge(fresh: Metrics, states: list[dict[str, Any]], expected: int) -> dict[s
     if fresh.num_samples != expected:
         raise RuntimeError(f"evaluated {fresh.num_samples} samples of a split of {expected}")
     return fresh.compute()
-
-
-def _scaled(side: int, scale: float) -> int:
-    """The reference's scale_dimension: 16k+1 stays aligned under halving and doubling."""
-    return int((side - 1) * scale + 1)
-
-
-def _aligned(sample: EvalSample) -> Size:
-    height, width = sample.image.shape[-2:]
-    return aligned_side(height), aligned_side(width)
 
 
 def _groups(
