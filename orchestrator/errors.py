@@ -4,7 +4,8 @@ AtrousError
 ├── JobFileError       a job file (or an override) is not valid
 ├── CheckpointError    a checkpoint is missing, damaged, or does not fit
 ├── RunError           a run cannot start: owned by someone, impossible on this cluster
-└── StageFailed        training ended with an error
+├── StageFailed        training ended with an error
+└── ExportError        a network cannot be exported, or what was written is not the same
 """
 
 
@@ -26,3 +27,7 @@ class RunError(AtrousError):
 
 class StageFailed(AtrousError):
     """Training of a stage ended with an error."""
+
+
+class ExportError(AtrousError):
+    """A network cannot be exported, or the program that was written is not the same."""
