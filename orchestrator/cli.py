@@ -120,6 +120,132 @@ def lineage(
     typer.echo("\n".join(as_lines(trace(checkpoint))))
 
 
+@app.command()
+def complexity(
+    job_file: Annotated[Path | None, typer.Argument(help="A stage or pipeline.")] = None,
+    override: Annotated[
+        list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Change a field.")
+    ] = None,
+    tables: Annotated[
+        bool, typer.Option("--tables", help="The paper's Tables 3 and 5 instead of a job file.")
+    ] = False,
+    classes: Annotated[
+        int | None, typer.Option(help="Default: the prepared data set's, else 21 or 1000.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Print parameters and Multiply-Adds (in billions), true and as the paper counted them."""
+    import json
+
+    from rich.console import Console
+
+    from orchestrator.complexity import as_table, job_rows, table_rows
+    from orchestrator.job_file import load_job
+
+    if tables == (job_file is not None):
+        raise typer.BadParameter("give a job file, or --tables")
+    rows = (
+        job_rows(load_job(job_file, tuple(override or ())), classes) if job_file else table_rows()
+    )
+    if as_json:
+        typer.echo(json.dumps(rows))
+    else:
+        Console(width=None if sys.stdout.isatty() else 160).print(as_table(rows))
+
+
+@app.command("import")
+def import_(
+    source: Annotated[str, typer.Argument(help="tf:PATH, a checkpoint's prefix or an .npz.")],
+    out: Annotated[Path, typer.Argument(help="Directory of the checkpoint to write.")],
+    job: Annotated[Path, typer.Option(help="Job file that describes the network.")],
+    stage: Annotated[str | None, typer.Option(help="Which, where it is a pipeline.")] = None,
+    moving_averages: Annotated[
+        bool, typer.Option("--moving-averages", help="Take averages of variables where saved.")
+    ] = False,
+) -> None:
+    """Turn a TensorFlow DeepLab checkpoint into one to start from, evaluate, predict and export."""
+    from orchestrator.importing import import_checkpoint
+    from orchestrator.job_file import load_job
+
+    checkpoint, report = import_checkpoint(
+        source, load_job(job), out, stage=stage, moving_averages=moving_averages
+    )
+    typer.echo(f"{report}\nwritten: {checkpoint.path} (sha256 {checkpoint.digest})")
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[str, typer.Argument(help="A checkpoint or a run directory.")],
+    out: Annotated[Path, typer.Argument(help="NAME.onnx or NAME.pt2 (torch.export).")],
+    output_stride: Annotated[
+        int | None, typer.Option(help="8, 16 or 32; default: the one it was trained with.")
+    ] = None,
+) -> None:
+    """Write a network for other runtimes, any batch and image size, and compare it with itself."""
+    from orchestrator.export import export as write
+
+    differences = write(checkpoint, out, output_stride=output_stride)
+    for (batch, height, width), difference in differences.items():
+        typer.echo(f"{batch}x3x{height}x{width}: largest relative difference {difference:.1e}")
+    typer.echo(f"written: {out}")
+
+
+@app.command()
+def predict(
+    checkpoint: Annotated[str, typer.Argument(help="A checkpoint or run directory.")],
+    images: Annotated[
+        list[str], typer.Argument(help="Files, directories, patterns, s3://bucket/prefix.")
+    ],
+    out: Annotated[Path, typer.Option(help="Directory to write to.")],
+    scales: Annotated[
+        str, typer.Option(help="Average over these, e.g. 0.5,0.75,1,1.25,1.5,1.75.")
+    ] = "1",
+    flip: Annotated[bool, typer.Option("--flip", help="Average over mirror images too.")] = False,
+    output_stride: Annotated[
+        int | None, typer.Option(help="8, 16 or 32; default: the checkpoint's.")
+    ] = None,
+    tile: Annotated[
+        int, typer.Option(help="Images with a longer side are cut into tiles of it: 128k+1.")
+    ] = 2049,
+    overlap: Annotated[int, typer.Option(help="Pixels that tiles share: 256k.")] = 1024,
+    overlay: Annotated[bool, typer.Option(help="Write the image in the classes' colours.")] = True,
+    probabilities: Annotated[
+        bool, typer.Option("--probabilities", help="Write (K, H, W) float16 as .npy.")
+    ] = False,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda or cuda:N; default: cuda where there is one.")
+    ] = None,
+    fold: Annotated[
+        bool, typer.Option(help="Fold batch normalisation into convolutions, which is faster.")
+    ] = True,
+) -> None:
+    """Segment images: class ids as palette PNGs, coloured overlays and, if asked, probabilities."""
+    from model.inference import Inference
+    from orchestrator.predict import Settings
+    from orchestrator.predict import predict as write
+
+    try:
+        numbers = tuple(float(scale) for scale in scales.split(","))
+        inference = Inference(scales=numbers, flip=flip, tile=tile, overlap=overlap)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    settings = Settings(
+        inference=inference,
+        out=out,
+        overlay=overlay,
+        probabilities=probabilities,
+        output_stride=output_stride,
+        device=device,
+        fold=fold,
+    )
+    num_written, failures = write(checkpoint, images, settings)
+    typer.echo(f"{num_written} images predicted, written to {out}")
+    if failures:
+        typer.secho(f"{len(failures)} images failed:", err=True, fg=typer.colors.RED)
+        typer.echo("\n".join(failures), err=True)
+        raise typer.Exit(1)
+
+
 def main() -> None:
     """`atrous COMMAND`; an executable job file calls `python -m orchestrator JOB.yaml`."""
     arguments = sys.argv[1:]

@@ -1,4 +1,4 @@
-"""`atrous complexity`: parameters and Multiply-Adds of a job file's networks, or the paper's rows."""
+"""`atrous complexity`: parameters and Multiply-Adds, of a job file or of the paper's tables."""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -35,33 +35,33 @@ def job_rows(job: Job, num_classes: int | None) -> list[Row]:
 
 
 def _stage_rows(stage: StageSettings, num_classes: int) -> Iterator[Row]:
-    from model.complexity import Complexity, complexity
+    from model.complexity import complexity
 
-    train, evaluate = stage.data.train.crop, stage.data.val.crop or stage.data.train.crop
+    crop, evaluate = stage.data.train.crop, stage.evaluate
     stride = stage.model.output_stride or (16 if stage.task == "segmentation" else 32)
-    at_evaluation = stage.evaluate.output_stride or stride
-    for use, crop, output_stride, options in (
-        ("train", train, stride, {}),
+    for use, size, output_stride, scales, flip in (
+        ("train", crop, stride, (1.0,), False),
         (
             "evaluate",
-            evaluate,
-            at_evaluation,
-            {"scales": stage.evaluate.scales, "flip": stage.evaluate.flip},
+            stage.data.val.crop or crop,
+            evaluate.output_stride or stride,
+            evaluate.scales,
+            evaluate.flip,
         ),
     ):
         config = stage.model.model_copy(update={"output_stride": output_stride})
-        found: Complexity = complexity(config, stage.task, num_classes, as_size(crop), **options)
+        found = complexity(config, stage.task, num_classes, as_size(size), scales=scales, flip=flip)
         yield {
             "stage": stage.name,
             "use": use,
             "backbone": config.backbone,
             "output_stride": output_stride,
-            "size": list(as_size(crop)),
+            "size": list(as_size(size)),
             "classes": num_classes,
-            "passes": len(options.get("scales", (1,))) * (2 if options.get("flip") else 1),
+            "passes": len(scales) * (2 if flip else 1),
             "parameters": found.parameters,
-            "true": round(found.multiply_adds / 1e9, 3),
-            "paper_convention": round(found.paper_multiply_adds / 1e9, 3),
+            "true": round(found.multiply_adds / 1e9, 6),
+            "paper_convention": round(found.paper_multiply_adds / 1e9, 6),
         }
 
 
@@ -108,4 +108,6 @@ def as_table(rows: list[Row]) -> "Table":
 def _text(value: Any) -> str:
     if isinstance(value, list):
         return " x ".join(str(side) for side in value)
-    return f"{value:,}" if isinstance(value, int | float) else str(value)
+    if isinstance(value, float):
+        return f"{value:,.2f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)

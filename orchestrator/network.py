@@ -31,7 +31,8 @@ def open_network(path: str | Path, *, output_stride: int | None = None) -> OpenN
     before the last upsampling. output_stride None leaves the one it was trained with.
 
     Raises:
-        CheckpointError: there is no valid checkpoint, or its weights do not fit its configuration.
+        CheckpointError: there is no valid checkpoint, its weights do not fit its configuration, or
+            the network cannot have the output stride.
     """
     from model.build import build_network
 
@@ -47,7 +48,10 @@ def open_network(path: str | Path, *, output_stride: int | None = None) -> OpenN
             f"{checkpoint.path}: {STATE} and the weights do not make a network: {error}"
         ) from None
     if output_stride is not None:
-        network.set_output_stride(output_stride)
+        try:
+            network.set_output_stride(output_stride)
+        except ValueError as error:
+            raise CheckpointError(f"{checkpoint.path}: {error}") from None
     return OpenNetwork(
         network=network.eval(),
         task=task,
