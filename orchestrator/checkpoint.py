@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.errors import CheckpointError
-from orchestrator.files import read_json, sha256, sync, write_json
+from orchestrator.files import read_json, save_tensors, sha256, sync, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -90,13 +90,11 @@ def write_checkpoint(
     directory is renamed: a kill at any moment leaves the checkpoint whole or not there.
     """
     import torch
-    from safetensors.torch import save_file
 
     temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, temporary / WEIGHTS)
-    (temporary / WEIGHTS).chmod(temporary.stat().st_mode & 0o666)  # else for their owner alone
+    save_tensors(temporary / WEIGHTS, weights)
     if optimizer is not None:
         torch.save(optimizer, temporary / OPTIMIZER)
     write_json(temporary / STATE, state)

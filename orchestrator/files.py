@@ -3,8 +3,12 @@
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -24,6 +28,15 @@ def read_json(path: Path) -> Any | None:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
+
+
+def save_tensors(path: Path, tensors: Mapping[str, "torch.Tensor"]) -> None:
+    """Write a safetensors file, through to the disk, readable as any other new file is."""
+    from safetensors.torch import save_file
+
+    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
+    path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors leaves it to its owner alone
+    sync(path)
 
 
 def sync(path: Path) -> None:

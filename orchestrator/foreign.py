@@ -3,6 +3,7 @@
 import logging
 import os
 import pickle
+import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from model.config import ModelConfig, Task
 from orchestrator.errors import CheckpointError
-from orchestrator.files import sha256, sync
+from orchestrator.files import save_tensors, sha256, sync
 
 if TYPE_CHECKING:
     import torch
@@ -84,9 +85,10 @@ def read_pickle(path: Path) -> Tensors:
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file") from None
     except pickle.UnpicklingError as error:
+        why = re.search(r"(Unsupported \w+: .*?) (was|is) not", str(error))
         raise CheckpointError(
-            f"{path}: refused: it is damaged, or holds objects that would run code when read "
-            f"({str(error).splitlines()[0]}); save its state_dict alone, best as .safetensors"
+            f"{path}: refused: it is damaged, or holds objects that would run code when read"
+            f"{f' ({why[1]})' if why else ''}; save its state_dict alone, best as .safetensors"
         ) from None
     except (OSError, EOFError, RuntimeError, ValueError, zipfile.BadZipFile) as error:
         raise CheckpointError(f"{path}: not a file of torch.save, or damaged: {error}") from None
@@ -111,16 +113,11 @@ def _tensors(content: Any) -> dict[str, "torch.Tensor"]:
 
 def _keep(tensors: Tensors, storage: Path) -> Path:
     """Write tensors to `<storage>/weights/<sha256>.safetensors`, whole or not at all."""
-    from safetensors.torch import save_file
-
     directory = storage / "weights"
     directory.mkdir(parents=True, exist_ok=True)
     temporary = directory / f".{os.getpid()}.tmp"
-    # Clones, because tensors that share memory cannot be saved.
-    save_file(
-        {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}, temporary
-    )
-    sync(temporary)
+    # Clones, because safetensors refuses tensors that share memory.
+    save_tensors(temporary, {name: tensor.clone() for name, tensor in tensors.items()})
     kept = directory / f"{sha256(temporary)}{SAFETENSORS}"
     os.replace(temporary, kept)
     sync(directory)

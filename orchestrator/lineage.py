@@ -95,6 +95,6 @@ def as_lines(link: Link) -> list[str]:
     if link.broken:
         return [*lines, f"  chain broken: {link.broken}"]
     for record in state["parents"]:
-        origin = record.get("origin") or record["weights"]
-        lines.append(f"  started from {origin} (sha256 {record['digest']})")
+        place = record.get("origin") or record["weights"]
+        lines.append(f"  started from {place} (sha256 {record['digest']})")
     return lines if state["parents"] else [*lines, "  started from scratch (random initialisation)"]

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 Shapes = Mapping[str, tuple[int, ...]]
 
+_COUNTER = ".num_batches_tracked"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
@@ -35,6 +37,11 @@ class Start:
     fingerprint: str | None = None
     class_names: tuple[str, ...] | None = None
     origin: str | None = None  # where weights that are no checkpoint of ours came from
+
+    @property
+    def place(self) -> str:
+        """Where the weights come from, as the user named it."""
+        return self.origin or self.weights
 
     def as_json(self) -> dict[str, Any]:
         """For run.json and state.json."""
@@ -181,18 +188,13 @@ def plan_hand_over(
     class_layers = () if same_classes else ("logits.", "classifier.")
     parts = ("backbone.",) if start.take == "backbone" else ("",)
     source_of = _match_names(network, checkpoint)
-    wanted = [
-        name
-        for name in network
-        if name.startswith(parts)
-        and not name.startswith(class_layers)
-        # A count of PyTorch's that other formats, and its own old files, have not.
-        and (name in source_of or not name.endswith(".num_batches_tracked"))
-    ]
+    # A count of PyTorch's that other formats, and its own old files, have not.
+    network = {n: s for n, s in network.items() if n in source_of or not n.endswith(_COUNTER)}
+    wanted = [n for n in network if n.startswith(parts) and not n.startswith(class_layers)]
     taken = {name: source_of[name] for name in wanted if name in source_of}
     if not taken:
         raise CheckpointError(
-            f"{start.weights}: nothing fits: it has {_tops(list(checkpoint))}, "
+            f"{start.place}: nothing fits: it has {_tops(list(checkpoint))}, "
             f"the network has {_tops(list(network))}"
         )
     wrong = [
@@ -204,7 +206,7 @@ def plan_hand_over(
     if wrong:
         cure = "; start_from: {take: backbone} takes less" if start.take == "network" else ""
         raise CheckpointError(
-            f"{start.weights} does not fit: {len(wrong)} of {len(wanted)} tensors differ, "
+            f"{start.place} does not fit: {len(wrong)} of {len(wanted)} tensors differ, "
             f"such as {'; '.join(wrong[:3])}{cure}"
         )
     used = set(taken.values())
@@ -228,11 +230,9 @@ def _match_names(network: Shapes, checkpoint: Shapes) -> dict[str, str]:
     best: dict[str, str] = {}
     for naming in ({n: n for n in network}, bare, timm_names(network)):
         foreign = {own: name.replace(".", "_") for own, name in naming.items()}
-        anchor = next(iter(foreign.values()), None)
-        ends = (
-            {name.removesuffix(anchor) for name in flat if name.endswith(anchor)} if anchor else ()
-        )
-        for prefix in sorted(ends):
+        first = next(iter(foreign.values()), "")
+        ends = {name.removesuffix(first) for name in flat if name.endswith(f"_{first}")}
+        for prefix in ("", *sorted(ends)):
             found = {
                 own: flat[prefix + name] for own, name in foreign.items() if prefix + name in flat
             }
@@ -265,7 +265,7 @@ def apply_hand_over(
     for name, tensor in taken.items():
         if not torch.isfinite(tensor).all():
             raise CheckpointError(
-                f"{start.origin or start.weights}: {name} has values that are not finite: the "
+                f"{start.place}: {name} has values that are not finite: the "
                 "weights are damaged, or their training diverged"
             )
     network.load_state_dict(taken, strict=False)

@@ -146,9 +146,9 @@ def _restore(work: Work) -> int:
         return own.step
     start = work.assignment.start
     if start is not None:
-        class_names = work.train_set.manifest.class_names
-        plan = apply_hand_over(work.network, Start.from_json(start), class_names)
-        log.info("starts from %s: %s", start["weights"], plan.report())
+        source = Start.from_json(start)
+        plan = apply_hand_over(work.network, source, work.train_set.manifest.class_names)
+        log.info("starts from %s: %s", source.place, plan.report())
     return 0
 
 

@@ -133,7 +133,14 @@ def test_torchvisions_resnet_fits_timms() -> None:
 def test_counts_of_batches_may_be_missing() -> None:
     network = NETWORK | {"backbone.norm.num_batches_tracked": ()}
     plan = plan_hand_over(network, NETWORK, start("network"), CLASSES)
-    assert plan.fresh == ("backbone.norm.num_batches_tracked",)
+    assert plan.taken.keys() == NETWORK.keys()
+    assert plan.fresh == ()
+
+
+def test_a_part_that_is_missing_is_told_though_another_is_there() -> None:
+    source = {"aspp.conv": (4, 8), "logits.weight": (3, 4)}
+    with pytest.raises(CheckpointError, match=r"2 of 4 tensors differ, such as backbone\.conv: m"):
+        plan_hand_over(NETWORK, source, start("network"), CLASSES)
 
 
 def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
