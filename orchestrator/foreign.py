@@ -65,7 +65,8 @@ def _tensorflow(place: str, model: ModelConfig, task: Task) -> Tensors:
 
     path = str(Path(place.removeprefix(TENSORFLOW)).expanduser())
     imported = from_tensorflow(model, task, read_variables(path))
-    log.info("%s: %s", place, imported.report())
+    if imported.unplaced:
+        log.warning("%s: %s", place, imported.report())
     return imported.tensors
 
 

@@ -91,7 +91,7 @@ class Display:
         )
         if planned.start and planned.hand_over:
             self.say(
-                f"{stage.name}: starts from {planned.start.stage or planned.start.weights} "
+                f"{stage.name}: starts from {planned.start.stage or planned.start.place} "
                 f"(sha256 {planned.start.digest[:12]}): {planned.hand_over.report()}"
             )
         self._seen[stage.name] = 0
