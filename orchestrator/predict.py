@@ -18,6 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from data_pipeline.decode import Pixels, decode_image
 from data_pipeline.errors import DataError
+from data_pipeline.palette import voc_palette
 from model.deeplab import DeepLab
 from model.fold import fold_batch_norm
 from model.inference import Inference, infer
@@ -193,16 +194,6 @@ def paint(pixels: Pixels, labels: Pixels, class_names: Sequence[str]) -> None:
         mixed = cv2.addWeighted(part, 0.5, palette[ids], 0.5, 0)
         plain = np.isin(ids, [i for i, name in enumerate(class_names) if name == "background"])
         pixels[top : top + _BAND] = np.where(plain[..., None], part, mixed)
-
-
-def voc_palette() -> Pixels:
-    """PASCAL VOC's colour map (256, 3): every third bit of the id goes to one channel."""
-    ids = np.arange(256)
-    palette = np.zeros((256, 3), np.uint8)
-    for channel in range(3):
-        for bit in range(8):
-            palette[:, channel] |= ((ids >> (3 * bit + channel) & 1) << (7 - bit)).astype(np.uint8)
-    return palette
 
 
 @contextmanager

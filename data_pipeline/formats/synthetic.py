@@ -38,6 +38,7 @@ from data_pipeline.formats.scene import (
     place_at_random,
 )
 from data_pipeline.formats.street import coarsen, draw_street
+from data_pipeline.palette import voc_palette
 
 COUNTS: Mapping[str, int] = {
     "imagenet/train": 960, "imagenet/val": 160,
@@ -313,18 +314,8 @@ def _voc_masks(objects: Sequence[Placed], size: tuple[int, int]) -> tuple[Mask, 
 
 def _write_palette_png(path: Path, mask: Mask) -> None:
     image = Image.fromarray(mask, mode="P")
-    image.putpalette(_voc_palette())
+    image.putpalette(voc_palette().tobytes())
     image.save(path)
-
-
-def _voc_palette() -> bytes:
-    """VOC's 256 colours: the bits of the id, by threes, from the top of red, green and blue."""
-    ids = np.arange(256)
-    colors = np.zeros((256, 3), np.uint8)
-    for bit in range(8):
-        for channel in range(3):
-            colors[:, channel] |= ((ids >> (3 * bit + channel) & 1) << (7 - bit)).astype(np.uint8)
-    return colors.tobytes()
 
 
 def _write_cityscapes(folder: Path, job: _Job) -> None:
