@@ -55,8 +55,9 @@ class ASPP(nn.Module):
         branches = [self.branch0(x), self.branch1(x), self.branch2(x), self.branch3(x)]
         if self.image_pooling is not None:
             mean = x.mean(dim=(2, 3), keepdim=True) if image_mean is None else image_mean
-            # First in the concatenation, as in the released weights.
-            branches.insert(0, self._pooled(mean).expand(-1, -1, *x.shape[2:]))
+            # In the memory layout of the others, which the concatenation would lose.
+            pooled = torch.zeros_like(branches[0]) + self._pooled(mean)
+            branches.insert(0, pooled)  # first, as in the released weights
         return self.dropout(self.projection(torch.cat(branches, dim=1)))
 
     def _pooled(self, mean: Tensor) -> Tensor:

@@ -129,9 +129,11 @@ class ConvNorm(nn.Module):
         self.conv.dilation = (rate, rate)
         self.conv.padding = (padding, padding)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, D, ceil(H / stride), ceil(W / stride))."""
+    def forward(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
+        """(B, C, H, W) -> (B, D, ceil(H / stride), ceil(W / stride)); plus is added before ReLU."""
         x = self.norm(self.conv(x))
+        if plus is not None:
+            x += plus
         return F.relu(x, inplace=True) if self.relu else x
 
 
@@ -169,11 +171,14 @@ class SeparableConv(nn.Module):
         """Set stride and atrous rate of the depthwise convolution."""
         self.depthwise.set_geometry(stride=stride, rate=rate)
 
-    def forward(self, x: Tensor, *, inplace: bool = False) -> Tensor:
-        """(B, C, H, W) -> (B, D, ceil(H / stride), ceil(W / stride)); inplace may overwrite x."""
+    def forward(self, x: Tensor, plus: Tensor | None = None, *, inplace: bool = False) -> Tensor:
+        """(B, C, H, W) -> (B, D, ceil(H / stride), ceil(W / stride)); inplace may overwrite x.
+
+        `plus` (B, D, ...) is added before the last ReLU.
+        """
         if self.pre_activation:
             x = F.relu(x, inplace=inplace)
-        return self.pointwise(self.depthwise(x))
+        return self.pointwise(self.depthwise(x), plus)
 
 
 def head_conv1x1(in_channels: int, out_channels: int, norm: Norm) -> ConvNorm:

@@ -3,7 +3,8 @@
 import copy
 import warnings
 from collections import Counter
-from typing import Any, cast
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -11,7 +12,9 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from model.backbones import TimmBackbone
 from model.blocks import AtrousConv2d, ConvNorm
+from model.deeplab import DeepLab
 from model.sync_batch_norm import SyncBatchNorm
+from model.xception import Unit
 
 
 def fold_batch_norm(network: nn.Module) -> nn.Module:
@@ -31,12 +34,45 @@ def fold_batch_norm(network: nn.Module) -> nn.Module:
         )
     network = copy.deepcopy(network)
     for module in list(network.modules()):
-        if isinstance(module, ConvNorm):
-            _fold(module, "conv", module, "norm")
-            cast(FoldedConv2d, module.conv).relu, module.relu = module.relu, False
-        elif isinstance(module, TimmBackbone):
-            _fold_timm(module)
+        _fold_children(module)
     return network
+
+
+def _fold_children(module: nn.Module) -> None:
+    for name, child in module.named_children():
+        if isinstance(child, ConvNorm):
+            setattr(module, name, _FoldedConvNorm(child))
+    if isinstance(module, TimmBackbone):
+        _fold_timm(module)
+    elif isinstance(module, DeepLab):
+        module.logits = FoldedConv2d(module.logits)
+    elif isinstance(module, Unit):
+        _advance_relus(module)
+
+
+class _FoldedConvNorm(ConvNorm):
+    """A ConvNorm with everything it does in its convolution."""
+
+    def __init__(self, original: ConvNorm) -> None:
+        nn.Module.__init__(self)
+        self.conv = FoldedConv2d(fuse_conv_bn_eval(original.conv, original.norm))
+        self.conv.relu, self.relu = original.relu, False
+        self.norm = nn.Sequential().eval()  # type: ignore[assignment]
+        self.eval()
+
+    def forward(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
+        """(B, C, H, W) -> (B, D, ceil(H / stride), ceil(W / stride)); plus is added before ReLU."""
+        return self.conv(x, plus)
+
+
+def _advance_relus(unit: Unit) -> None:
+    """Let each convolution do the ReLU that the next begins with: one pass over memory less."""
+    convs = (unit.separable_conv1, unit.separable_conv2, unit.separable_conv3)
+    for before, after in pairwise(convs):
+        needed = unit.tapped and before is unit.separable_conv2
+        if after.pre_activation and not needed:
+            before.pointwise.relu = True
+            after.pre_activation = False
 
 
 class FoldedConv2d(AtrousConv2d):
@@ -51,6 +87,19 @@ class FoldedConv2d(AtrousConv2d):
         self.__dict__.update(folded.__dict__)
         self.relu = False
         self._packed: tuple[int, Tensor] | None = None
+
+    def forward(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
+        """(B, C, H, W) -> (B, D, H', W'); plus (B, D, H', W'), added before the ReLU, is lost."""
+        if plus is None:
+            return super().forward(x)
+        if not self._has_kernel(x):
+            x = super()._convolve(x, self.padding, self.dilation).add_(plus)
+            return x.relu_() if self.relu else x
+        geometry = (self.padding, self.stride, self.dilation, self.groups)
+        after = "relu" if self.relu else None
+        add = torch.ops.mkldnn._convolution_pointwise_.binary
+        weight = self._weight(x, geometry)
+        return add(plus, x, weight, self.bias, *geometry, "add", None, after, [], None)
 
     def _convolve(
         self, x: Tensor, padding: str | tuple[int, ...], dilation: tuple[int, ...]

@@ -81,11 +81,10 @@ class Unit(nn.Module):
         The latter has had no ReLU where the unit is tapped.
         """
         before_stride = self.separable_conv2(self.separable_conv1(x), inplace=True)
-        out = self.separable_conv3(before_stride, inplace=not self.tapped)
+        plus = x if self.identity else None
         if self.shortcut is not None:
-            out += self.shortcut(x)
-        elif self.identity:
-            out += x
+            plus = self.shortcut(x)
+        out = self.separable_conv3(before_stride, plus, inplace=not self.tapped)
         return out, before_stride
 
 
