@@ -1,6 +1,7 @@
 """Cityscapes: leftImg8bit/<part>/<city>/*.png with labelIds under gtFine or gtCoarse.
 
-Splits: train and val have fine masks, train_extra coarse ones. The coarse splits are the fine
+Unpacked, or in the archives as published. Splits: train and val have fine masks, train_extra coarse
+ones, test none (those published for it are empty). The coarse splits are the fine
 pictures with their fine masks, plus train_extra with its coarse masks: DeepLab's train_coarse has
 22,973 = 2,975 + 19,998 pictures, its trainval_coarse 500 more (datasets/data_generator.py).
 """
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data_pipeline.archives import SourceTree
 from data_pipeline.errors import DataError
 from data_pipeline.formats.sample import (
     IGNORE_LABEL,
@@ -20,6 +22,7 @@ from data_pipeline.formats.sample import (
     require_layout,
     require_split,
     segmentation_sample,
+    unlabelled_sample,
 )
 
 # labelId: name, in the order of the 19 trainIds (cityscapesScripts, helpers/labels.py)
@@ -30,12 +33,19 @@ _CLASSES = {
     32: "motorcycle", 33: "bicycle",
 }  # fmt: skip
 CLASS_NAMES = tuple(_CLASSES.values())
+_SUFFIX = "_leftImg8bit.png"
 _LAST_ID = 33
 _LICENSE_PLATE = 255  # id -1 in 8 bits
 
 _TRAIN_IDS = np.full(256, IGNORE_LABEL, np.uint8)
 _TRAIN_IDS[list(_CLASSES)] = range(len(_CLASSES))
 
+ARCHIVES = {
+    "leftImg8bit_trainvaltest.zip": "leftImg8bit",
+    "leftImg8bit_trainextra.zip": "leftImg8bit",
+    "gtFine_trainvaltest.zip": "gtFine",
+    "gtCoarse.zip": "gtCoarse",
+}
 _TRAIN, _VAL, _EXTRA = ("train", "gtFine"), ("val", "gtFine"), ("train_extra", "gtCoarse")
 _PARTS = {
     "train": (_TRAIN,),
@@ -44,21 +54,26 @@ _PARTS = {
     "train_extra": (_EXTRA,),
     "train_coarse": (_TRAIN, _EXTRA),
     "trainval_coarse": (_TRAIN, _VAL, _EXTRA),
+    "test": (("test", ""),),
 }
 _COUNTS = {
     "train": 2975, "val": 500, "trainval": 3475,
-    "train_extra": 19998, "train_coarse": 22973, "trainval_coarse": 23473,
+    "train_extra": 19998, "train_coarse": 22973, "trainval_coarse": 23473, "test": 1525,
 }  # fmt: skip
 
 
 def splits(source: Path) -> tuple[str, ...]:
     """The splits whose pictures and masks are there."""
-    require_layout(source, ["leftImg8bit"])
+    return _splits(SourceTree(source, ARCHIVES))
+
+
+def _splits(tree: SourceTree) -> tuple[str, ...]:
+    require_layout(tree, ["leftImg8bit"])
     return tuple(
         split
         for split, parts in _PARTS.items()
         if all(
-            (source / "leftImg8bit" / part).is_dir() and (source / kind / part).is_dir()
+            tree.folders(f"leftImg8bit/{part}") and (not kind or tree.folders(f"{kind}/{part}"))
             for part, kind in parts
         )
     )
@@ -70,20 +85,26 @@ def read_split(source: Path, split: str) -> Split:
     Raises:
         DataError: the layout is another.
     """
-    require_split(source, split, splits(source))
+    tree = SourceTree(source, ARCHIVES)
+    require_split(tree, split, _splits(tree))
     items = []
     for part, kind in _PARTS[split]:
-        for path in sorted((source / "leftImg8bit" / part).glob("*/*_leftImg8bit.png")):
-            name = path.name.removesuffix("_leftImg8bit.png")
-            mask = source / kind / part / path.parent.name / f"{name}_{kind}_labelIds.png"
-            items.append(Item(key=make_key(name), files=(str(path), str(mask))))
+        for city in tree.folders(f"leftImg8bit/{part}"):
+            for base, image in tree.files(f"leftImg8bit/{part}/{city}").items():
+                if not base.endswith(_SUFFIX):
+                    continue
+                name = base.removesuffix(_SUFFIX)
+                mask = f"{kind}/{part}/{city}/{name}_{kind}_labelIds.png"
+                files = (image, tree.file(mask)) if kind else (image,)
+                items.append(Item(key=make_key(name), files=files))
     return Split(
         task="segmentation",
         class_names=CLASS_NAMES,
         ignore_label=IGNORE_LABEL,
         items=items,
-        load=load,
+        load=load if split != "test" else load_image,
         expected_count=_COUNTS[split],
+        has_labels=split != "test",
     )
 
 
@@ -100,3 +121,12 @@ def load(item: Item) -> Sample:
     if unknown:
         raise DataError(f"{path}: unknown labelIds {unknown}; known: -1..{_LAST_ID}")
     return segmentation_sample(item.key, image, _TRAIN_IDS[mask], len(CLASS_NAMES))
+
+
+def load_image(item: Item) -> Sample:
+    """Read one picture that has no mask.
+
+    Raises:
+        DataError: it is missing or broken.
+    """
+    return unlabelled_sample(item.key, item.files[0])

@@ -1,5 +1,6 @@
 """COCO 2017 as a segmentation of the 20 VOC classes: annotations/instances_*2017.json and pictures.
 
+Unpacked, or in the archives as published: train2017.zip, val2017.zip, annotations_trainval2017.zip.
 The mask of a picture is painted in this order: crowd regions of VOC classes as ignored, then the
 instances from the largest to the smallest, so a small object in front of a large one is seen. Other
 classes are background, as in DeepLabv3.
@@ -13,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as rle
 
+from data_pipeline.archives import SourceTree, is_inside, read_bytes
 from data_pipeline.errors import DataError
 from data_pipeline.formats.sample import (
     IGNORE_LABEL,
@@ -20,7 +22,6 @@ from data_pipeline.formats.sample import (
     Item,
     Sample,
     Split,
-    is_inside,
     make_key,
     require_layout,
     require_split,
@@ -28,6 +29,11 @@ from data_pipeline.formats.sample import (
 )
 
 _YEAR = "2017"
+ARCHIVES = {
+    "train2017.zip": "train2017",
+    "val2017.zip": "val2017",
+    "annotations_trainval2017.zip": "annotations",
+}
 _RENAMED = {
     "airplane": "aeroplane",
     "motorcycle": "motorbike",
@@ -43,8 +49,12 @@ Annotation = tuple[int, int, bool, float, Any]
 
 def splits(source: Path) -> tuple[str, ...]:
     """Those of train and val that have annotations."""
-    require_layout(source, ["annotations"])
-    return tuple(name for name in ("train", "val") if _annotation_file(source, name).exists())
+    return _splits(SourceTree(source, ARCHIVES))
+
+
+def _splits(tree: SourceTree) -> tuple[str, ...]:
+    require_layout(tree, ["annotations"])
+    return tuple(name for name in ("train", "val") if tree.exists(_annotation_file(name)))
 
 
 def read_split(source: Path, split: str, *, min_area: float = 1000) -> Split:
@@ -57,14 +67,15 @@ def read_split(source: Path, split: str, *, min_area: float = 1000) -> Split:
         DataError: the layout is another, or the annotation file is none of COCO's.
     """
     name = split.removesuffix(_YEAR)
-    require_split(source, name, splits(source))
-    require_layout(source, [f"{name}{_YEAR}"])
-    path = _annotation_file(source, name)
+    tree = SourceTree(source, ARCHIVES)
+    require_split(tree, name, _splits(tree))
+    require_layout(tree, [f"{name}{_YEAR}"])
+    path = tree.file(_annotation_file(name))
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(read_bytes(path))
         annotations = _by_image(content)
         items = [
-            _item(source / f"{name}{_YEAR}", image, annotations[image["id"]])
+            _item(tree, f"{name}{_YEAR}", image, annotations[image["id"]])
             for image in sorted(content["images"], key=lambda image: image["id"])
             if any(_counts(annotation, min_area) for annotation in annotations.get(image["id"], ()))
         ]
@@ -157,14 +168,17 @@ def _compact(segmentation: Any) -> Any:
     return segmentation
 
 
-def _item(folder: Path, image: dict[str, Any], annotations: list[Annotation]) -> Item:
+def _item(
+    tree: SourceTree, folder: str, image: dict[str, Any], annotations: list[Annotation]
+) -> Item:
     name = image["file_name"]
     if not is_inside(name):
-        raise DataError(f"{folder}: file_name {name!r} leaves the folder of the pictures")
+        raise DataError(
+            f"{tree.root / folder}: file_name {name!r} leaves the folder of the pictures"
+        )
     label = (int(image["height"]), int(image["width"]), tuple(annotations))
-    return Item(
-        key=make_key(str(Path(name).with_suffix(""))), files=(str(folder / name),), label=label
-    )
+    key = make_key(str(Path(name).with_suffix("")))
+    return Item(key=key, files=(tree.file(f"{folder}/{name}"),), label=label)
 
 
 def _counts(annotation: Annotation, min_area: float) -> bool:
@@ -177,5 +191,5 @@ def _painting_order(annotation: Annotation) -> tuple[bool, float, int]:
     return not crowd, -area, annotation_id
 
 
-def _annotation_file(source: Path, split: str) -> Path:
-    return source / "annotations" / f"instances_{split}{_YEAR}.json"
+def _annotation_file(split: str) -> str:
+    return f"annotations/instances_{split}{_YEAR}.json"

@@ -1,11 +1,13 @@
-"""Noisy multi-label pictures like JFT's: SOURCE/<split>.parquet and perhaps classes.txt.
+"""Noisy multi-label pictures like JFT's, of any number of classes.
 
-Columns: `labels` (list of class names) and either `image` (the encoded picture) or `path` (relative
-to SOURCE). Row groups of some hundred rows suit `image` best: a row group is read by every shard
-that holds one of its rows.
+A split is SOURCE/<split>.parquet, or a list <split>.tsv or .csv (see `label_lists`), or WebDataset
+shards (see `labelled_shards`). classes.txt has the names of the classes, in the order of their ids.
+
+Columns of a Parquet file: `labels` (list of class names) and either `image` (the encoded picture)
+or `path` (relative to SOURCE). Row groups of some hundred rows suit `image` best: a row group is
+read by every shard that holds one of its rows.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -14,14 +16,14 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from data_pipeline.archives import SourceTree, is_inside, read_bytes
 from data_pipeline.errors import DataError
+from data_pipeline.formats import label_lists, labelled_shards
 from data_pipeline.formats.sample import (
     Item,
     Sample,
     Split,
-    check_image,
-    is_inside,
-    read_bytes,
+    multilabel_sample,
     require_layout,
     require_split,
 )
@@ -31,26 +33,53 @@ _BATCH = 64  # rows of pictures in memory at a time
 
 
 def splits(source: Path) -> tuple[str, ...]:
-    """The Parquet files in `source`."""
-    require_layout(source, [])
-    return tuple(sorted(path.stem for path in source.glob("*.parquet")))
+    """The Parquet files, lists and sets of shards in `source`."""
+    require_layout(SourceTree(source), [])
+    found = [path.stem for path in source.glob("*.parquet")]
+    found += [*label_lists.find_lists(source), *labelled_shards.find_shards(source)]
+    twice = sorted({name for name in found if found.count(name) > 1})
+    if twice:
+        raise DataError(f"{source}: {twice[0]} is there in two forms; leave one of them")
+    return tuple(sorted(found))
 
 
 def read_split(source: Path, split: str) -> Split:
-    """List one split; without classes.txt the classes are the sorted labels of train.parquet.
+    """List one split; without classes.txt the classes are the sorted labels of train.
 
     Raises:
         DataError: a column is missing, or there is nothing to take class names from.
     """
-    require_split(source, split, splits(source))
-    path = source / f"{split}.parquet"
+    require_split(SourceTree(source), split, splits(source))
     class_names, origin = _class_names(source)
+    path = source / f"{split}.parquet"
+    if path.exists():
+        return _read_parquet(path, class_names, origin)
+    class_ids = {name: number for number, name in enumerate(class_names)}
+    sources = [str(origin)]
+    if listed := label_lists.find_lists(source).get(split):
+        sources.append(str(listed))
+        items = label_lists.list_items(source, listed)
+        load_item = partial(label_lists.load, class_ids)
+    else:
+        items = labelled_shards.list_items(labelled_shards.find_shards(source)[split])
+        load_item = partial(labelled_shards.load, class_ids)
+    return Split(
+        task="multilabel",
+        class_names=class_names,
+        ignore_label=None,
+        items=items,
+        load=load_item,
+        sources=tuple(sources),
+    )
+
+
+def _read_parquet(path: Path, class_names: tuple[str, ...], origin: Path) -> Split:
     items: list[Item] = []
     warnings: tuple[str, ...] = ()
     with _open(path) as parquet:
         embedded = "image" in parquet.schema_arrow.names
         for group in range(parquet.num_row_groups):
-            items += _list_group(parquet, group, source, len(items))
+            items += _list_group(parquet, group, path.parent, len(items))
         rows = max(
             (parquet.metadata.row_group(g).num_rows for g in range(parquet.num_row_groups)),
             default=0,
@@ -66,7 +95,7 @@ def read_split(source: Path, split: str) -> Split:
         items=items,
         load=partial(load, {name: i for i, name in enumerate(class_names)}, path.name),
         fetch=partial(fetch, path) if embedded else None,
-        sources=(path, origin),
+        sources=(str(path), str(origin)),
         warnings=warnings,
     )
 
@@ -103,22 +132,7 @@ def load(class_ids: dict[str, int], file_name: str, item: Item) -> Sample:
     where = f"{file_name} row {int(item.key)}"
     if names is None:
         raise DataError(f"{where}: labels is null; an empty list means no label")
-    unknown = sorted(set(names) - class_ids.keys())
-    if unknown:
-        raise DataError(f"{where}: unknown labels {', '.join(unknown[:10])}")
-    image = _image(item, where, position)
-    extension, width, height = check_image(image, where)
-    labels = tuple(sorted({class_ids[name] for name in names}))
-    return Sample(
-        key=item.key,
-        image=image,
-        image_extension=extension,
-        label=json.dumps(labels).encode("ascii"),
-        label_extension="json",
-        width=width,
-        height=height,
-        labels=labels,
-    )
+    return multilabel_sample(item, _image(item, where, position), names, class_ids, where)
 
 
 def _image(item: Item, where: str, position: int | str | None) -> bytes:
@@ -161,8 +175,11 @@ def _class_names(source: Path) -> tuple[tuple[str, ...], Path]:
         return names, listed
     train = source / "train.parquet"
     if not train.exists():
+        if (found := label_lists.find_lists(source).get("train")) is not None:
+            return label_lists.class_names(found), found
         raise DataError(
-            f"{source}: neither classes.txt nor train.parquet to take the class names from"
+            f"{source}: neither classes.txt nor train.parquet or train.tsv to take the class names "
+            "from; write classes.txt, a name in each line"
         )
     seen: set[str] = set()
     with _open(train) as parquet:

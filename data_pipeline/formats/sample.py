@@ -1,11 +1,11 @@
 """What every raw data set is read into, and the checks that every picture and mask must pass."""
 
 import io
+import json
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import cv2
@@ -13,6 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from data_pipeline.archives import File, SourceTree, read_bytes
+from data_pipeline.decode import decode_image
 from data_pipeline.errors import DataError
 
 IGNORE_LABEL = 255
@@ -31,7 +33,7 @@ class Item:
     """One sample that still lies in its source: cheap to list, cheap to send to another process."""
 
     key: str
-    files: tuple[str, ...] = ()  # what the sample is made of; a change of one makes the sample new
+    files: tuple[File, ...] = ()  # what the sample is made of; a change of one makes the sample new
     label: Any = None  # what the format's `load` needs besides the files
     image: bytes | None = None  # filled in by `Split.fetch`
     group: int = 0  # items of one group are read together
@@ -39,16 +41,19 @@ class Item:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """One sample as it goes into a shard; `image` is the source's bytes, never re-encoded."""
+    """One sample as it goes into a shard; `image` is the source's bytes, never re-encoded.
+
+    A sample without label has an empty one, and no extension for it.
+    """
 
     key: str
     image: bytes
     image_extension: str
-    label: bytes
-    label_extension: str
     width: int
     height: int
-    labels: tuple[int, ...]  # class ids, ascending, ignore label left out
+    label: bytes = b""
+    label_extension: str = ""
+    labels: tuple[int, ...] = ()  # class ids, ascending, ignore label left out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +70,8 @@ class Split:
     items: Sequence[Item]
     load: Callable[[Item], Sample]
     fetch: Callable[[Sequence[Item]], Sequence[Item]] | None = None
-    sources: tuple[Path, ...] = ()
+    sources: tuple[File, ...] = ()
+    has_labels: bool = True
     expected_count: int | None = None
     warnings: tuple[str, ...] = ()
 
@@ -75,46 +81,31 @@ def make_key(name: str) -> str:
     return re.sub(r"[./\\]", "_", name)
 
 
-def require_split(source: Path, split: str, available: Sequence[str]) -> None:
+def require_split(tree: SourceTree, split: str, available: Sequence[str]) -> None:
     """Refuse a split that is not there.
 
     Raises:
         DataError: names the splits that are.
     """
     if split not in available:
-        raise DataError(f"{source}: no split {split!r}; found: {', '.join(available) or 'none'}")
+        raise DataError(f"{tree.root}: no split {split!r}; found: {', '.join(available) or 'none'}")
 
 
-def require_layout(source: Path, expected: Sequence[str]) -> None:
-    """Refuse a folder that lacks one of the `expected` files or folders.
+def require_layout(tree: SourceTree, expected: Sequence[str]) -> None:
+    """Refuse a source that lacks one of the `expected` files or folders.
 
     Raises:
         DataError: names what was expected, what is missing and what lies there instead.
     """
-    missing = [name for name in expected if not (source / name).exists()]
+    missing = [name for name in expected if not tree.exists(name)]
     if missing:
-        found = sorted(os.listdir(source))[:10] if source.is_dir() else ["no such folder"]
+        root = tree.root
+        found = sorted(os.listdir(root))[:10] if root.is_dir() else ["no such folder"]
+        packed = f" (or the archives {', '.join(tree.archives)})" if tree.archives else ""
         raise DataError(
-            f"{source}: expected {', '.join(expected)}; missing {', '.join(missing)}; "
+            f"{root}: expected {', '.join(expected)}{packed}; missing {', '.join(missing)}; "
             f"found: {', '.join(found) or 'nothing'}; name the folder that holds them"
         )
-
-
-def is_inside(relative: str) -> bool:
-    """Whether a path from a data file stays inside the folder it is relative to."""
-    return not os.path.isabs(relative) and not os.path.normpath(relative).startswith("..")
-
-
-def read_bytes(path: str) -> bytes:
-    """The bytes of a file.
-
-    Raises:
-        DataError: it is missing or cannot be read.
-    """
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}") from None
 
 
 def check_image(data: bytes, where: str) -> tuple[str, int, int]:
@@ -130,49 +121,92 @@ def check_image(data: bytes, where: str) -> tuple[str, int, int]:
         with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as image:
             width, height = image.size
             if width * height <= MAX_PIXELS:
-                image.load()  # a truncated file opens well and fails only here
+                decode_image(data, where)  # as training will: Pillow overlooks much damage
                 return extension, width, height
             reason = f"{width}x{height} is over the limit of {MAX_PIXELS} pixels"
+    except DataError as error:
+        reason = str(error.__cause__ or error)
     except Exception as error:  # Pillow's parsers raise OSError, SyntaxError, struct.error and more
         reason = str(error)
     raise DataError(f"{where}: does not decode: {reason}")
 
 
-def read_mask(path: str) -> NDArray[np.uint8]:
+def read_mask(file: File) -> NDArray[np.uint8]:
     """The ids in a mask PNG, (H, W): the palette indices themselves, never the palette's colours.
 
     Raises:
         DataError: missing, corrupt, or coloured instead of indexed.
     """
-    data = read_bytes(path)
-    check_image(data, path)
+    data = read_bytes(file)
+    check_image(data, str(file))
     with Image.open(io.BytesIO(data)) as image:
         if image.format != "PNG" or image.mode not in ("P", "L"):
             raise DataError(
-                f"{path}: a {image.format} of mode {image.mode} holds no class ids; "
+                f"{file}: a {image.format} of mode {image.mode} holds no class ids; "
                 "expected a palette or 8-bit greyscale PNG"
             )
         return np.asarray(image, dtype=np.uint8)
 
 
-def segmentation_sample(key: str, path: str, mask: NDArray[np.uint8], num_classes: int) -> Sample:
-    """The sample of the picture at `path` and its mask (H, W) of class ids, 255 ignored.
+def multilabel_sample(
+    item: Item, image: bytes, labels: Iterable[str | int], class_ids: Mapping[str, int], where: str
+) -> Sample:
+    """The sample of an encoded picture and its labels: names of classes, or class ids.
+
+    Raises:
+        DataError: the picture is broken, or a label is none of the classes.
+    """
+    found = set(labels)
+    unknown = [
+        str(label)
+        for label in found
+        if (label not in class_ids if isinstance(label, str) else not 0 <= label < len(class_ids))
+    ]
+    if unknown:
+        raise DataError(f"{where}: unknown labels {', '.join(sorted(unknown)[:10])}")
+    extension, width, height = check_image(image, where)
+    ids = sorted({class_ids[label] if isinstance(label, str) else label for label in found})
+    return Sample(
+        key=item.key,
+        image=image,
+        image_extension=extension,
+        label=json.dumps(ids).encode("ascii"),
+        label_extension="json",
+        width=width,
+        height=height,
+        labels=tuple(ids),
+    )
+
+
+def unlabelled_sample(key: str, file: File) -> Sample:
+    """The sample of a picture without a mask.
+
+    Raises:
+        DataError: the picture is missing or broken.
+    """
+    image = read_bytes(file)
+    extension, width, height = check_image(image, str(file))
+    return Sample(key=key, image=image, image_extension=extension, width=width, height=height)
+
+
+def segmentation_sample(key: str, file: File, mask: NDArray[np.uint8], num_classes: int) -> Sample:
+    """The sample of the picture in `file` and its mask (H, W) of class ids, 255 ignored.
 
     Raises:
         DataError: the sizes differ, or an id is none of the classes.
     """
-    image = read_bytes(path)
-    extension, width, height = check_image(image, path)
+    image = read_bytes(file)
+    extension, width, height = check_image(image, str(file))
     if mask.shape != (height, width):
         raise DataError(
-            f"{path}: {width}x{height}, but its mask is {mask.shape[1]}x{mask.shape[0]}"
+            f"{file}: {width}x{height}, but its mask is {mask.shape[1]}x{mask.shape[0]}"
         )
     present = np.flatnonzero(np.bincount(mask.ravel(), minlength=256))
     labels = tuple(int(label) for label in present if label != IGNORE_LABEL)
     if labels and labels[-1] >= num_classes:
         unknown = [label for label in labels if label >= num_classes]
         raise DataError(
-            f"{path}: its mask has unknown ids {unknown}; known: 0..{num_classes - 1}, 255"
+            f"{file}: its mask has unknown ids {unknown}; known: 0..{num_classes - 1}, 255"
         )
     encoded = cv2.imencode(".png", mask, [cv2.IMWRITE_PNG_COMPRESSION, 6])[1].tobytes()
     return Sample(

@@ -1,4 +1,6 @@
+import io
 import json
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -100,7 +102,7 @@ def test_class_names_come_from_train_only(tmp_path):
     assert multilabel.splits(tmp_path) == ("train", "val")
     assert multilabel.read_split(tmp_path, "val").class_names == ("a", "b")
     (tmp_path / "train.parquet").unlink()
-    with pytest.raises(DataError, match=r"neither classes\.txt nor train\.parquet"):
+    with pytest.raises(DataError, match=r"neither classes\.txt nor train\.parquet or train\.tsv"):
         multilabel.read_split(tmp_path, "val")
 
 
@@ -137,3 +139,114 @@ def test_large_row_groups_are_warned_of(tmp_path, monkeypatch):
     monkeypatch.setattr(multilabel, "_LARGE_GROUP", 2)
     write(tmp_path / "train.parquet", {"image": [picture(9)] * 3, "labels": [["a"]] * 3})
     assert "row groups of 3 rows" in multilabel.read_split(tmp_path, "train").warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("train.tsv", "path\tlabels\na/x.jpg\tcat,dog\na/y.jpg\tant, cat\na/z.jpg\t\n"),
+        ("train.csv", 'a/x.jpg,cat,dog\na/y.jpg,"ant,cat"\na/z.jpg\n\n'),
+    ],
+)
+def test_a_list_has_paths_and_labels(tmp_path, name, text):
+    (tmp_path / "a").mkdir()
+    for width, stem in enumerate("xyz", start=9):
+        (tmp_path / f"a/{stem}.jpg").write_bytes(picture(width))
+    (tmp_path / name).write_text(text)
+    assert multilabel.splits(tmp_path) == ("train",)
+    split = multilabel.read_split(tmp_path, "train")
+    assert split.class_names == ("ant", "cat", "dog")
+    samples = load_all(split)
+    assert [(s.key, s.width, s.labels) for s in samples] == [
+        ("a_x", 9, (1, 2)),
+        ("a_y", 10, (0, 1)),
+        ("a_z", 11, ()),
+    ]
+    # A change of labels makes other shards.
+    assert str(tmp_path / name) in split.sources
+
+
+def test_a_list_names_its_broken_lines(tmp_path):
+    (tmp_path / "x.jpg").write_bytes(picture(9))
+    (tmp_path / "classes.txt").write_text("cat\n")
+    (tmp_path / "val.tsv").write_text("x.jpg\tcat\nx2.jpg\tcat\nx.jpg\tdog\n")
+    split = multilabel.read_split(tmp_path, "val")
+    assert split.load(split.items[0]).labels == (0,)
+    with pytest.raises(DataError, match=r"x2\.jpg: No such file"):
+        split.load(split.items[1])
+    with pytest.raises(DataError, match=r"\(line 3 of the list\): unknown labels dog"):
+        split.load(split.items[2])
+    (tmp_path / "val.tsv").write_text("../x.jpg\tcat\n")
+    with pytest.raises(DataError, match=r"line 1: path '\.\./x\.jpg' leaves"):
+        multilabel.read_split(tmp_path, "val")
+    (tmp_path / "val.csv").write_text("x.jpg,cat\n")
+    with pytest.raises(DataError, match="val is there in two forms"):
+        multilabel.splits(tmp_path)
+
+
+def write_shard(path: Path, members: dict[str, bytes]) -> None:
+    path.parent.mkdir(exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+
+
+@pytest.mark.parametrize("place", ["train-{:05d}.tar", "train/{}.tar"])
+def test_webdataset_shards_have_names_or_ids(tmp_path, place):
+    (tmp_path / "classes.txt").write_text("ant\ncat\ndog\n")
+    write_shard(
+        tmp_path / place.format(0),
+        {
+            "d/one.jpg": picture(9), "d/one.json": b'["dog", "cat", 2]', "d/one.txt": b"caption",
+            "two.png": picture(10), "two.cls": b"1",
+        },
+    )  # fmt: skip
+    write_shard(
+        tmp_path / place.format(1),
+        {
+            "three.json": b'{"labels": ["ant"], "score": 3}', "three.jpeg": picture(11),
+            "four.v2.jpg": picture(12), "four.jpg": picture(13), "four.cls": b"ant, 2",
+        },
+    )  # fmt: skip
+    assert multilabel.splits(tmp_path) == ("train",)
+    split = multilabel.read_split(tmp_path, "train")
+    assert split.class_names == ("ant", "cat", "dog")
+    assert [(s.key, s.width, s.labels, s.image_extension) for s in load_all(split)] == [
+        ("d_one", 9, (1, 2), "jpg"),
+        ("two", 10, (1,), "jpg"),
+        ("three", 11, (0,), "jpg"),
+        ("four", 13, (0, 2), "jpg"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ({"a.jpg": picture(9)}, r"train-0\.tar: a has jpg only; a sample needs"),
+        ({"a.cls": b"1"}, "a has cls only"),
+        ({"a.jpg": picture(9), "a.cls": b"3"}, r"a\.jpg: unknown labels 3"),
+        ({"a.jpg": picture(9), "a.json": b'["cow"]'}, "unknown labels cow"),
+        ({"a.jpg": picture(9), "a.json": b"[-1]"}, "unknown labels -1"),
+        ({"a.jpg": picture(9), "a.json": b"{}"}, r"a\.json: labels cannot be read"),
+        ({"a.jpg": picture(9), "a.json": b"[true]"}, "no list of names or ids"),
+        ({"a.jpg": picture(9), "a.json": b"\xff"}, "labels cannot be read"),
+        ({"a.jpg": b"GIF89", "a.cls": b"1"}, r"train-0\.tar/a\.jpg: neither a JPEG"),
+    ],
+)
+def test_broken_samples_of_shards_are_named(tmp_path, members, message):
+    (tmp_path / "classes.txt").write_text("ant\ncat\n")
+    write_shard(tmp_path / "train-0.tar", members)
+    split = multilabel.read_split(tmp_path, "train")
+    with pytest.raises(DataError, match=message):
+        load_all(split)
+
+
+def test_many_classes_are_no_matter(tmp_path):
+    (tmp_path / "classes.txt").write_text("".join(f"class {i}\n" for i in range(18_000)))
+    (tmp_path / "x.jpg").write_bytes(picture(9))
+    (tmp_path / "train.tsv").write_text("x.jpg\tclass 17999,class 3\n")
+    split = multilabel.read_split(tmp_path, "train")
+    assert len(split.class_names) == 18_000
+    assert load_all(split)[0].labels == (3, 17_999)

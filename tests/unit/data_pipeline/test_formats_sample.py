@@ -4,13 +4,13 @@ import cv2
 import numpy as np
 import pytest
 import simplejpeg
-from PIL import Image, ImageFile
+from PIL import Image
 
+from data_pipeline.archives import SourceTree, is_inside
 from data_pipeline.errors import DataError
 from data_pipeline.formats import sample
 from data_pipeline.formats.sample import (
     check_image,
-    is_inside,
     make_key,
     read_mask,
     require_layout,
@@ -52,13 +52,23 @@ def test_other_content_is_refused(data: bytes):
 def test_a_bomb_is_refused_before_it_unpacks(monkeypatch):
     data = encoded("PNG")
     unpacked = []
-    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: unpacked.append(self))
+    monkeypatch.setattr(sample, "decode_image", lambda *_: unpacked.append(True))
     check_image(data, "x")
     assert len(unpacked) == 1
     monkeypatch.setattr(sample, "MAX_PIXELS", 599)
     with pytest.raises(DataError, match="30x20 is over the limit of 599 pixels"):
         check_image(data, "x")
     assert len(unpacked) == 1
+
+
+def test_damage_that_pillow_overlooks_is_found():
+    data = simplejpeg.encode_jpeg(np.kron(PICTURE, np.ones((8, 8, 1), np.uint8)))
+    middle = len(data) // 2
+    damaged = data[:middle] + bytes(200) + data[middle + 200 :]
+    with Image.open(io.BytesIO(damaged)) as image:
+        image.load()
+    with pytest.raises(DataError, match=r"x\.jpg: does not decode: .*[Cc]orrupt JPEG data"):
+        check_image(damaged, "x.jpg")
 
 
 def test_pillows_own_bomb_limit_is_a_data_error(monkeypatch):
@@ -139,6 +149,6 @@ def test_is_inside(path: str, inside: bool):
 def test_a_wrong_layout_says_what_was_expected_and_found(tmp_path):
     (tmp_path / "pictures").mkdir()
     with pytest.raises(DataError, match=r"expected a, b; missing a, b; found: pictures"):
-        require_layout(tmp_path, ["a", "b"])
+        require_layout(SourceTree(tmp_path), ["a", "b"])
     with pytest.raises(DataError, match="no such folder"):
-        require_layout(tmp_path / "nowhere", ["a"])
+        require_layout(SourceTree(tmp_path / "nowhere"), ["a"])

@@ -1,0 +1,83 @@
+"""Multi-label pictures in WebDataset shards: <split>/*.tar or <split>-000000.tar and so on.
+
+A sample has a picture (jpg, jpeg or png) and labels: `json`, a list of class names or ids, perhaps
+under "labels"; or `cls`, names or ids separated by commas.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.archives import TarMember, read_bytes, tar_members
+from data_pipeline.errors import DataError
+from data_pipeline.formats.sample import Item, Sample, make_key, multilabel_sample
+
+_IMAGES = ("jpg", "jpeg", "png")
+_LABELS = ("json", "cls")
+_NUMBERED = re.compile(r"(.+?)[-_.]\d+\.tar")
+
+
+def find_shards(source: Path) -> dict[str, list[Path]]:
+    """The shards in `source` and its folders, by the names of their splits."""
+    found: dict[str, list[Path]] = {}
+    for path in sorted(source.glob("*/*.tar")):
+        found.setdefault(path.parent.name, []).append(path)
+    for path in sorted(source.glob("*.tar")):
+        if match := _NUMBERED.fullmatch(path.name):
+            found.setdefault(match[1], []).append(path)
+    return found
+
+
+def list_items(shards: Sequence[Path]) -> list[Item]:
+    """The samples of the shards: members of one name up to its first dot, as WebDataset has it.
+
+    Raises:
+        DataError: a shard is no tar archive, or cut short.
+    """
+    items = []
+    for path in shards:
+        samples: dict[str, dict[str, TarMember]] = {}
+        for member in tar_members(str(path.resolve())):
+            folder, _, base = member.name.rpartition("/")
+            stem, _, extension = base.partition(".")
+            name = f"{folder}/{stem}" if folder else stem
+            samples.setdefault(name, {})[extension.lower()] = member
+        for name, members in samples.items():
+            image = next((members[kind] for kind in _IMAGES if kind in members), None)
+            label = next((members[kind] for kind in _LABELS if kind in members), None)
+            files = tuple(member for member in (image, label) if member is not None)
+            problem = None if len(files) == 2 else f"{path}: {name} has {', '.join(members)} only"
+            items.append(Item(key=make_key(name), files=files, label=problem))
+    return items
+
+
+def load(class_ids: Mapping[str, int], item: Item) -> Sample:
+    """Read one sample.
+
+    Raises:
+        DataError: picture or labels are missing or broken, or a label is unknown.
+    """
+    if item.label is not None:
+        raise DataError(
+            f"{item.label}; a sample needs one of {', '.join(_IMAGES)} and of {', '.join(_LABELS)}"
+        )
+    image, label = item.files
+    labels = _parse(read_bytes(label), str(label))
+    return multilabel_sample(item, read_bytes(image), labels, class_ids, str(image))
+
+
+def _parse(data: bytes, where: str) -> list[str | int]:
+    try:
+        text = data.decode("utf-8")
+        if not where.lower().endswith(".json"):
+            parts = [part.strip() for part in text.split(",")]
+            return [int(part) if part.isdigit() else part for part in parts if part]
+        content: Any = json.loads(text)
+        labels = content["labels"] if isinstance(content, dict) else content
+        if not isinstance(labels, list) or not all(type(entry) in (str, int) for entry in labels):
+            raise ValueError("no list of names or ids")
+    except (KeyError, ValueError) as error:
+        raise DataError(f"{where}: labels cannot be read ({error!r})") from None
+    return labels
