@@ -1,24 +1,26 @@
-"""One prepared split: from the number of a sample to its bytes."""
+"""One prepared split: from the number of a sample to its bytes, checked."""
 
-import threading
+import zlib
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from data_pipeline.config import Cache
 from data_pipeline.errors import DataError
-from data_pipeline.manifest import FILE_NAME, Manifest, read_manifest
+from data_pipeline.manifest import FILE_NAME, Manifest, RowReader, read_manifest
+from data_pipeline.node_cache import NodeCache, open_cache
 from data_pipeline.plan import SampleIndex
-from data_pipeline.storage import LoadingCache, Storage, local_path
+from data_pipeline.storage import LoadingCache, LocalStorage, Place, Storage, join, open_storage
 
 _NUMBERS = (
     "offset",
     "size",
+    "crc32",
     "image_offset",
     "image_size",
     "label_offset",
@@ -45,11 +47,11 @@ class _Rows:
     """The rows of one shard; numbers in the order of _NUMBERS, keys as Arrow's compact strings."""
 
     keys: pa.ChunkedArray
-    numbers: NDArray[np.int64]  # (rows, 8)
+    numbers: NDArray[np.int64]  # (rows, 9)
 
     def sample(self, row: int, span: bytes, start: int) -> RawSample:
         """Cut the sample of `row` out of `span`, bytes of the shard from `start` on."""
-        _, _, image, image_size, label, label_size, width, height = self.numbers[row].tolist()
+        image, image_size, label, label_size, width, height = self.numbers[row, 3:].tolist()
         return RawSample(
             key=self.keys[row].as_py(),
             image=span[image - start : image - start + image_size],
@@ -58,19 +60,58 @@ class _Rows:
             height=height,
         )
 
+    def is_whole(self, row: int, span: bytes, start: int) -> bool:
+        """Whether the bytes of the sample of `row` in `span` have its checksum."""
+        offset, size, crc32 = self.numbers[row, :3].tolist()
+        part = memoryview(span)[offset - start : offset - start + size]
+        return len(part) == size and zlib.crc32(part) == crc32
+
+
+@dataclass(frozen=True)
+class Block:
+    """Neighbouring samples of a shard, `first` and the next ones, as they were read."""
+
+    dataset: "Dataset"
+    shard: int
+    first: int
+    rows: _Rows
+    span: bytes
+    start: int  # offset of `span` in the shard
+
+    def sample(self, row: int) -> RawSample:
+        """The sample in `row` of the shard, read once more where its checksum differs.
+
+        Raises:
+            DataError: it still differs.
+        """
+        local = row - self.first
+        if self.rows.is_whole(local, self.span, self.start):
+            return self.rows.sample(local, self.span, self.start)
+        offset, size = self.rows.numbers[local, :2].tolist()
+        span = self.dataset.read_again(self.shard, self.start, len(self.span), offset, size)
+        if not self.rows.is_whole(local, span, offset):
+            name = join(self.dataset.place, self.dataset.manifest.shards[self.shard].name)
+            raise DataError(
+                f"{name}: sample {self.rows.keys[local].as_py()!r}, bytes {offset} to "
+                f"{offset + size}, has another checksum than the manifest says; copy the shard "
+                "again or prepare the data set again"
+            )
+        return self.rows.sample(local, span, offset)
+
 
 class Dataset:
     """A prepared split, open for reading; safe to share between threads. See `open_dataset`."""
 
-    def __init__(self, manifest: Manifest) -> None:
-        if manifest.path is None:
+    def __init__(self, manifest: Manifest, cache: NodeCache | None = None) -> None:
+        if manifest.storage is None:
             raise ValueError("this manifest was not read from a file, so it has no samples to read")
         self.manifest = manifest
         for shard in manifest.shards:
             if PurePosixPath(shard.name).is_absolute() or ".." in PurePosixPath(shard.name).parts:
-                raise DataError(f"{manifest.path}: shard {shard.name!r} lies outside the data set")
-        self._storage = Storage(manifest.path.parent)
-        self._lock = threading.Lock()
+                raise DataError(f"{manifest.place}: shard {shard.name!r} lies outside the data set")
+        self._storage = manifest.storage
+        self._cache = cache
+        self._reader = RowReader(manifest, self._read_manifest)
         longest = max((shard.num_samples for shard in manifest.shards), default=1)
         self._rows: LoadingCache[int, _Rows] = LoadingCache(
             max(1, _ROWS_CACHED // max(1, longest)), self._load_rows
@@ -81,6 +122,16 @@ class Dataset:
         """Samples in the split."""
         return self.manifest.num_samples
 
+    @property
+    def place(self) -> str:
+        """The directory of the split, or s3://bucket/prefix."""
+        return self._storage.place
+
+    @property
+    def remote(self) -> bool:
+        """Whether reading takes network round trips, which are worth doing ahead of time."""
+        return self._storage.remote
+
     @cached_property
     def shard_samples(self) -> tuple[int, ...]:
         """Samples of each shard: what the plan is made from."""
@@ -89,7 +140,7 @@ class Dataset:
     def locate(self, index: int) -> SampleIndex:
         """Where sample `index` of the split lies, counting through the shards in order."""
         if not 0 <= index < self.num_samples:
-            raise IndexError(f"sample {index} of {self.num_samples} in {self.manifest.path}")
+            raise IndexError(f"sample {index} of {self.num_samples} in {self.manifest.place}")
         shard = int(np.searchsorted(self._shard_ends, index, side="right"))
         return SampleIndex(shard, index - int(self._shard_ends[shard]) + self.shard_samples[shard])
 
@@ -97,18 +148,36 @@ class Dataset:
         """Read one sample, image and label in one go.
 
         Raises:
+            DataError: the shard is missing, shorter than the manifest says, or damaged there.
+        """
+        rows = self._rows.get(shard)
+        span, start = self._read_span(shard, rows, row, row + 1)
+        return Block(self, shard, 0, rows, span, start).sample(row)
+
+    def read_block(self, shard: int, first: int, stop: int) -> Block:
+        """Read the rows `first` to before `stop` of a shard in one go.
+
+        Raises:
             DataError: the shard is missing or shorter than the manifest says.
         """
         rows = self._rows.get(shard)
-        offset, size = rows.numbers[row, :2].tolist()
-        span = self._storage.read(self.manifest.shards[shard].name, offset, size)
-        return rows.sample(row, span, offset)
+        span, start = self._read_span(shard, rows, first, stop)
+        # Copies, so that a block does not keep the rows of its whole shard alive.
+        keys = pa.chunked_array([rows.keys.slice(first, stop - first).to_pylist()])
+        part = _Rows(keys, rows.numbers[first:stop].copy())
+        return Block(self, shard, first, part, span, start)
+
+    def read_again(self, shard: int, start: int, length: int, offset: int, size: int) -> bytes:
+        """Read bytes of a shard from the storage, and forget the range that had them cached."""
+        if self._cache is not None:
+            self._cache.discard(self._cache_key(shard, start, length))
+        return self._storage.read(self.manifest.shards[shard].name, offset, size)
 
     def largest_size(self) -> tuple[int, int]:
         """The greatest height and the greatest width of any image in pixels; (0, 0) if empty."""
         height = width = 0
         for shard in range(len(self.shard_samples)):
-            table = self._read_row_group(shard, ["height", "width"])
+            table = self._reader.read(shard, ["height", "width"])
             height = max(height, int(table["height"].to_numpy().max()))
             width = max(width, int(table["width"].to_numpy().max()))
         return height, width
@@ -117,78 +186,69 @@ class Dataset:
     def _shard_ends(self) -> NDArray[np.int64]:
         return np.cumsum(np.asarray(self.shard_samples, np.int64))
 
-    @cached_property
-    def _parquet(self) -> Any:
-        # Kept open: with thousands of row groups the footer alone takes long to parse.
-        return pq.ParquetFile(self.manifest.path)
-
-    def _read_row_group(self, shard: int, columns: list[str]) -> pa.Table:
-        with self._lock:  # a ParquetFile is no promise of thread safety
-            return self._parquet.read_row_group(shard, columns=columns, use_threads=False)
-
     def _load_rows(self, shard: int) -> _Rows:
-        table = self._read_row_group(shard, ["key", *_NUMBERS])
+        table = self._reader.read(shard, ["key", *_NUMBERS])
         numbers = np.stack([table[name].to_numpy().astype(np.int64) for name in _NUMBERS], axis=1)
         return _Rows(table["key"], numbers)
 
-    def _load_block(self, shard: int, first: int, stop: int) -> "_Block":
-        rows = self._rows.get(shard)
-        # Copies, so that a block does not keep the rows of its whole shard alive.
-        numbers = rows.numbers[first:stop].copy()
-        keys = pa.chunked_array([rows.keys.slice(first, stop - first).to_pylist()])
-        start, end = int(numbers[0, 0]), int(numbers[-1, :2].sum())
-        span = self._storage.read(self.manifest.shards[shard].name, start, end - start)
-        return _Block(first, _Rows(keys, numbers), span, start)
+    def _read_manifest(self, offset: int, size: int, again: bool) -> bytes:
+        read = partial(self._storage.read, FILE_NAME, offset, size)
+        if self._cache is None:
+            return read()
+        key = f"{self.manifest.digest} {offset} {size}"
+        if again:
+            self._cache.discard(key)
+        return self._cache.get(key, read, lambda _: True)
+
+    def _read_span(self, shard: int, rows: _Rows, first: int, stop: int) -> tuple[bytes, int]:
+        """The bytes of the rows `first` to before `stop`, and their offset in the shard."""
+        start = int(rows.numbers[first, 0])
+        size = int(rows.numbers[stop - 1, :2].sum()) - start
+        read = partial(self._storage.read, self.manifest.shards[shard].name, start, size)
+        if self._cache is None:
+            return read(), start
+
+        def verify(span: bytes) -> bool:
+            return all(rows.is_whole(row, span, start) for row in range(first, stop))
+
+        return self._cache.get(self._cache_key(shard, start, size), read, verify), start
+
+    def _cache_key(self, shard: int, offset: int, size: int) -> str:
+        # By content: data sets prepared twice share entries, one prepared anew has others.
+        return f"{self.manifest.shards[shard].sha256} {offset} {size}"
 
 
-@dataclass(frozen=True)
-class _Block:
-    """The bytes of neighbouring samples and their rows."""
+def open_dataset(
+    root: Place, name: str, split: str, cache: Cache | Literal[False] | None = False
+) -> Dataset:
+    """Open the prepared split at root/name/split, a local directory or s3://bucket/prefix.
 
-    first: int
-    rows: _Rows
-    span: bytes
-    start: int
-
-
-class BlockReader:
-    """Reads samples through whole blocks: one read of the storage serves a block's samples.
-
-    `num_blocks` blocks are kept; with one for each slot of the rank and a few to spare, no block
-    that a slot is still reading drops out.
-    """
-
-    def __init__(self, dataset: Dataset, block_size: int, num_blocks: int) -> None:
-        self._dataset = dataset
-        self._block_size = block_size
-        self._blocks: LoadingCache[SampleIndex, _Block] = LoadingCache(num_blocks, self._load)
-
-    def read(self, shard: int, row: int) -> RawSample:
-        """Read one sample.
-
-        Raises:
-            DataError: the shard is missing or shorter than the manifest says.
-        """
-        block = self._blocks.get(SampleIndex(shard, row - row % self._block_size))
-        return block.rows.sample(row - block.first, block.span, block.start)
-
-    def _load(self, index: SampleIndex) -> _Block:
-        stop = min(index.row + self._block_size, self._dataset.shard_samples[index.shard])
-        return self._dataset._load_block(index.shard, index.row, stop)
-
-
-def open_dataset(root: Path, name: str, split: str) -> Dataset:
-    """Open the prepared split at root/name/split.
+    `cache` as in a job file; None: where reading takes network round trips.
 
     Raises:
         DataError: it is not there (the message lists what is), or not a data set of this version.
     """
-    directory = local_path(root) / name / split
-    if not (directory / FILE_NAME).is_file():
-        found = sorted(path.parent for path in local_path(root).glob(f"*/*/{FILE_NAME}"))
-        names = ", ".join(f"{path.parent.name}/{path.name}" for path in found) or "nothing"
+    place = join(root, name, split)
+    storage = open_storage(place)
+    if storage.size(FILE_NAME) is None:
         raise DataError(
-            f"{directory}: no prepared data set; {root} holds {names}. "
+            f"{place}: no prepared data set{_listing(root)}. "
             "Prepare it with `atrous data prepare` or correct dataset, split or data root"
         )
-    return Dataset(read_manifest(directory))
+    return Dataset(read_manifest(place), _node_cache(cache, storage))
+
+
+def _node_cache(cache: Cache | Literal[False] | None, storage: Storage) -> NodeCache | None:
+    if cache is False or (cache is None and not storage.remote):
+        return None
+    directory = cache.directory if cache else None
+    return open_cache(Path(directory) if directory else None, cache.size if cache else None)
+
+
+def _listing(root: Place) -> str:
+    storage = open_storage(root)
+    if not isinstance(storage, LocalStorage):
+        return ""  # listing a bucket may take minutes
+    found = sorted(path.parent for path in storage.root.glob(f"*/*/{FILE_NAME}"))
+    names = ", ".join(f"{path.parent.name}/{path.name}" for path in found) or "nothing"
+    return f"; {root} holds {names}"

@@ -1,11 +1,12 @@
 """Writes the shards of a split in parallel processes, each with a part file to resume from."""
 
+import io
 import json
 import multiprocessing
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -18,16 +19,18 @@ from data_pipeline.errors import DataError
 from data_pipeline.formats.sample import Item, Sample
 from data_pipeline.manifest import Shard
 from data_pipeline.shards import write_shard
+from data_pipeline.storage import Storage, open_storage
 
 PARTS = ".parts"
 _KEY = b"atrous.part"
+_CONNECTIONS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardTask:
     """One shard to write; `digest` stands for all its inputs."""
 
-    directory: Path
+    place: str  # of the split
     name: str
     digest: str
     items: Sequence[Item]
@@ -47,12 +50,14 @@ class Part:
 def run_tasks(tasks: Sequence[ShardTask], workers: int) -> Iterator[Part]:
     """Do `tasks`, those already done first, in no particular order."""
     todo = []
-    for task in tasks:
-        part = _read_part(task)
-        if part is None:
-            todo.append(task)
-        else:
-            yield part
+    storage = open_storage(tasks[0].place)
+    with ThreadPoolExecutor(_CONNECTIONS) as threads:
+        parts = threads.map(lambda task: _read_part(storage, task), tasks)
+        for task, part in zip(tasks, parts, strict=True):
+            if part is None:
+                todo.append(task)
+            else:
+                yield part
     if workers == 1 or len(todo) <= 1:
         yield from map(write_part, todo)
         return
@@ -71,19 +76,19 @@ def run_tasks(tasks: Sequence[ShardTask], workers: int) -> Iterator[Part]:
 def write_part(task: ShardTask) -> Part:
     """Write one shard, then the part file that says it is finished."""
     skipped: list[dict[str, str]] = []
-    shard, rows = write_shard(task.directory / task.name, _samples(task, skipped))
+    storage = open_storage(task.place)
+    shard, rows = write_shard(storage, task.name, _samples(task, skipped))
     header = {"digest": task.digest, "shard": asdict(shard), "skipped": skipped}
     table = rows.replace_schema_metadata({_KEY: json.dumps(header).encode()})
-    path = _part_path(task.directory, task.name)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    pq.write_table(table, temporary)
-    os.replace(temporary, path)
+    with storage.writing(part_name(task.name)) as file:
+        pq.write_table(table, file)
     return Part(shard=shard, skipped=skipped)
 
 
-def read_rows(directory: Path, shard: Shard) -> pa.Table:
+def read_rows(storage: Storage, shard: Shard) -> pa.Table:
     """The manifest rows of a finished shard."""
-    return pq.read_table(_part_path(directory, shard.name)).replace_schema_metadata(None)
+    part = io.BytesIO(storage.read_whole(part_name(shard.name)))
+    return pq.ParquetFile(part).read().replace_schema_metadata(None)
 
 
 def _samples(task: ShardTask, skipped: list[dict[str, str]]) -> Iterator[Sample]:
@@ -94,13 +99,17 @@ def _samples(task: ShardTask, skipped: list[dict[str, str]]) -> Iterator[Sample]
             skipped.append({"key": item.key, "reason": str(error)})
 
 
-def _read_part(task: ShardTask) -> Part | None:
+def _read_part(storage: Storage, task: ShardTask) -> Part | None:
     """What an earlier run wrote, if it wrote this very shard to the end."""
+    name = part_name(task.name)
+    if storage.size(name) is None:
+        return None
     try:
-        metadata = pq.read_metadata(_part_path(task.directory, task.name)).metadata or {}
-        size = (task.directory / task.name).stat().st_size
-    except (FileNotFoundError, pa.ArrowInvalid):
-        return None  # not there, or cut short by a power loss
+        part = io.BytesIO(storage.read_whole(name))
+        metadata = pq.read_metadata(part).metadata or {}
+    except pa.ArrowInvalid:
+        return None  # cut short by a power loss
+    size = storage.size(task.name)
     header = json.loads(metadata.get(_KEY, b"{}"))
     if header.get("digest") != task.digest or header["shard"]["size"] != size:
         return None
@@ -109,8 +118,9 @@ def _read_part(task: ShardTask) -> Part | None:
     return Part(shard=Shard(**header["shard"]), skipped=header["skipped"])
 
 
-def _part_path(directory: Path, name: str) -> Path:
-    return directory / PARTS / f"{Path(name).stem}.parquet"
+def part_name(shard: str) -> str:
+    """Name of the part file of a shard."""
+    return f"{PARTS}/{Path(shard).stem}.parquet"
 
 
 def _start_worker() -> None:

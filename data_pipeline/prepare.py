@@ -1,5 +1,7 @@
 """Prepares a raw data set: destination/<split>/shard-000000.tar ... and, last of all, the manifest.
 
+The destination is a local directory or a prefix of a bucket.
+
 Killed at any moment, it goes on where it was: every finished shard has its rows beside it in
 `.parts`, under a digest of the shard's own inputs, and is written again only when one has changed.
 """
@@ -8,30 +10,35 @@ import hashlib
 import inspect
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from difflib import get_close_matches
+from functools import cached_property
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from data_pipeline.archives import file_stamp, forget_archives
 from data_pipeline.errors import DataError
-from data_pipeline.formats import cityscapes, coco, imagenet, multilabel, voc
+from data_pipeline.formats import cityscapes, coco, folder, imagenet, multilabel, voc
 from data_pipeline.formats.sample import Item, Split
 from data_pipeline.manifest import FILE_NAME, Manifest, read_manifest, write_manifest
 from data_pipeline.parts import PARTS, Part, ShardTask, read_rows, run_tasks
+from data_pipeline.storage import Place, Storage, is_local, join, open_storage
 
 FORMATS: Mapping[str, ModuleType] = {
     "cityscapes": cityscapes,
     "coco": coco,
+    "folder": folder,
     "imagenet": imagenet,
     "multilabel": multilabel,
     "voc": voc,
 }
-_VERSION = 1  # raise it when the same inputs give other shards
+_VERSION = 2  # raise it when the same inputs give other shards
 _SKIPS_LISTED = 1000
 _SKIPS_SHOWN = 10
+_CONNECTIONS = 16
 
 Progress = Callable[[str, int, int], None]
 
@@ -64,7 +71,7 @@ class Settings:
 def prepare(
     format: str,
     source: Path,
-    destination: Path,
+    destination: Place,
     settings: Settings | None = None,
     *,
     splits: Sequence[str] | None = None,
@@ -75,8 +82,9 @@ def prepare(
 
     Args:
         format: the layout of `source`.
-        source: folder of the raw data set; only read.
-        destination: gets one folder per split; one finished from the same inputs is left as it is.
+        source: folder of the raw data set, unpacked or in its archives; only read.
+        destination: directory or s3://bucket/prefix, gets one folder per split; one finished from
+            the same inputs is left as it is.
         settings: what the shards shall be.
         splits: which splits to prepare, in this order.
         workers: processes; None: one per core.
@@ -92,15 +100,18 @@ def prepare(
     settings = settings or Settings()
     module = _format(format, settings.options)
     if not source.is_dir():
-        raise DataError(f"{source}: no such folder; expected a data set in the layout of {format}")
+        problem = "is a file; name its folder" if source.exists() else "no such folder"
+        raise DataError(f"{source}: {problem}; expected a data set in the layout of {format}")
     chosen = tuple(splits) if splits is not None else module.splits(source)
     if not chosen:
         raise DataError(f"{source}: no split in the layout of {format}")
     results = {}
+    target = str(Path(destination).resolve() if is_local(destination) else join(destination))
     for name in chosen:
-        split = module.read_split(source, name, **settings.options)
-        job = _Job(format, source.resolve(), destination.resolve(), settings, name, split)
+        split = module.read_split(source.absolute(), name, **settings.options)
+        job = _Job(format, source.resolve(), target, settings, name, split)
         results[name] = job.run(workers or len(os.sched_getaffinity(0)), progress)
+    forget_archives()
     return results
 
 
@@ -133,14 +144,18 @@ class _Job:
 
     format: str
     source: Path
-    destination: Path
+    destination: str
     settings: Settings
     name: str
     split: Split
 
     @property
-    def directory(self) -> Path:
-        return self.destination / self.name
+    def place(self) -> str:
+        return join(self.destination, self.name)
+
+    @cached_property
+    def storage(self) -> Storage:
+        return open_storage(self.place)
 
     def run(self, workers: int, progress: Progress | None) -> Manifest:
         """Prepare the split, or find it prepared."""
@@ -148,10 +163,9 @@ class _Job:
         tasks = self._tasks(items)
         plan = _digest([self.dataset, self.name, [task.digest for task in tasks]])
         if (finished := self._finished(plan)) is None:
-            (self.directory / PARTS).mkdir(parents=True, exist_ok=True)
             parts = self._run_tasks(tasks, workers, progress)
             self._publish(parts, plan, len(items))
-            finished = read_manifest(self.directory)
+            finished = read_manifest(self.place)
         elif progress:
             progress(self.name, len(items), len(items))
         self._clean(finished)
@@ -161,7 +175,7 @@ class _Job:
 
     @property
     def dataset(self) -> str:
-        return self.settings.dataset or self.destination.name
+        return self.settings.dataset or self.destination.rstrip("/").rpartition("/")[2]
 
     def _items(self) -> list[Item]:
         if not self.split.items:
@@ -169,7 +183,7 @@ class _Job:
         seen: dict[str, Item] = {}
         for item in self.split.items:
             if item.key in seen:
-                names = [" ".join(entry.files[:1]) or entry.key for entry in (seen[item.key], item)]
+                names = [str((*entry.files, entry.key)[0]) for entry in (seen[item.key], item)]
                 raise DataError(
                     f"{names[0]} and {names[1]}: both have the key {item.key!r}; rename one"
                 )
@@ -185,12 +199,12 @@ class _Job:
                 self.format,
                 [split.task, split.class_names, split.ignore_label],
                 dict(self.settings.options),
-                [_stamp(path) for path in split.sources],
+                [file_stamp(file) for file in split.sources],
             ]
         )
         return [
             ShardTask(
-                directory=self.directory,
+                place=self.place,
                 name=f"shard-{start // size:06d}.tar",
                 digest=_digest([common, [_listing(item) for item in items[start : start + size]]]),
                 items=items[start : start + size],
@@ -204,23 +218,23 @@ class _Job:
 
     def _finished(self, plan: str) -> Manifest | None:
         """The manifest in the directory, if it has the same inputs and its shards are there."""
-        if not (self.directory / FILE_NAME).exists():
+        if self.storage.size(FILE_NAME) is None:
             return None
         try:
-            manifest = read_manifest(self.directory)
+            manifest = read_manifest(self.place)
         except DataError as error:
-            raise DataError(f"{error} (delete {self.directory} first)") from None
+            raise DataError(f"{error} (delete {self.place} first)") from None
         if manifest.source.get("plan") != plan:
             raise DataError(
-                f"{self.directory}: prepared before from other inputs or settings "
+                f"{self.place}: prepared before from other inputs or settings "
                 f"({manifest.source.get('path')}); delete it or choose another destination"
             )
-        for shard in manifest.shards:
-            path = self.directory / shard.name
-            if not path.exists() or path.stat().st_size != shard.size:
-                (self.directory / FILE_NAME).unlink()  # incomplete: no reader may trust it
-                return None
-        return manifest
+        with ThreadPoolExecutor(_CONNECTIONS) as threads:
+            sizes = threads.map(self.storage.size, [shard.name for shard in manifest.shards])
+            if list(sizes) == [shard.size for shard in manifest.shards]:
+                return manifest
+        self.storage.delete(FILE_NAME)  # incomplete: no reader may trust it
+        return None
 
     def _run_tasks(
         self, tasks: Sequence[ShardTask], workers: int, progress: Progress | None
@@ -252,6 +266,7 @@ class _Job:
             task=split.task,
             class_names=split.class_names,
             ignore_label=split.ignore_label,
+            has_labels=split.has_labels,
             shards=tuple(part.shard for part in kept),
             source={
                 "format": self.format,
@@ -265,9 +280,7 @@ class _Job:
             },
         )
         assert manifest.num_samples == num_items - len(skipped)
-        write_manifest(
-            self.directory, manifest, (read_rows(self.directory, part.shard) for part in kept)
-        )
+        write_manifest(self.place, manifest, (read_rows(self.storage, part.shard) for part in kept))
 
     def _count_warning(self) -> Iterator[str]:
         expected, found = self.split.expected_count, len(self.split.items)
@@ -276,11 +289,11 @@ class _Job:
 
     def _clean(self, manifest: Manifest) -> None:
         """Remove what the published split does not need: parts, leftovers of killed runs."""
-        shutil.rmtree(self.directory / PARTS, ignore_errors=True)
-        names = {shard.name for shard in manifest.shards}
-        for path in [*self.directory.glob("shard-*.tar"), *self.directory.glob(".shard-*.tmp")]:
-            if path.name not in names:
-                path.unlink(missing_ok=True)
+        wanted = {shard.name for shard in manifest.shards}
+        prefixes = ("shard-", ".shard-", f"{PARTS}/")
+        found = [name for prefix in prefixes for name in self.storage.names(prefix)]
+        with ThreadPoolExecutor(_CONNECTIONS) as threads:
+            list(threads.map(self.storage.delete, [name for name in found if name not in wanted]))
 
 
 def _format(name: str, options: Mapping[str, Any]) -> ModuleType:
@@ -317,16 +330,7 @@ def _by_name(part: Part) -> str:
 
 
 def _listing(item: Item) -> list[Any]:
-    return [item.key, [_stamp(Path(path)) for path in item.files]]
-
-
-def _stamp(path: Path) -> list[Any]:
-    """Name, size and time of a file: what tells that it has changed."""
-    try:
-        status = path.stat()
-    except OSError:
-        return [path.name, None, None]  # `load` will say that it is missing
-    return [path.name, status.st_size, status.st_mtime_ns]
+    return [item.key, [file_stamp(file) for file in item.files]]
 
 
 def _digest(content: Any) -> str:

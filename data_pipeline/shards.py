@@ -1,37 +1,26 @@
 """Writes shards: plain WebDataset tar files, the same bytes for the same samples."""
 
 import hashlib
-import os
 import tarfile
+import zlib
 from collections.abc import Iterable
-from pathlib import Path
 from typing import IO, Any
 
 import pyarrow as pa
 
 from data_pipeline.formats.sample import Sample
 from data_pipeline.manifest import SCHEMA, Shard
+from data_pipeline.storage import Storage
 
 
-def write_shard(path: Path, samples: Iterable[Sample]) -> tuple[Shard, pa.Table]:
-    """Write `samples` to the tar file `path` and return it with its manifest rows.
-
-    The file appears whole or not at all: temporary name, fsync, rename, fsync of the directory.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            tar = _Tar(file)
-            rows = [_add_sample(tar, sample) for sample in samples]
-            tar.end()
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    _sync_directory(path.parent)
+def write_shard(storage: Storage, name: str, samples: Iterable[Sample]) -> tuple[Shard, pa.Table]:
+    """Write `samples` to the tar file `name`, whole or not at all; its manifest rows with it."""
+    with storage.writing(name) as file:
+        tar = _Tar(file)
+        rows = [_add_sample(tar, sample) for sample in samples]
+        tar.end()
     shard = Shard(
-        name=path.name, size=tar.position, sha256=tar.sha256.hexdigest(), num_samples=len(rows)
+        name=name, size=tar.position, sha256=tar.sha256.hexdigest(), num_samples=len(rows)
     )
     return shard, pa.Table.from_pylist(rows, schema=SCHEMA)
 
@@ -43,6 +32,7 @@ class _Tar:
         self._file = file
         self.position = 0
         self.sha256 = hashlib.sha256()
+        self.crc32 = 0  # since it was last set to 0
 
     def add(self, name: str, payload: bytes) -> int:
         """Append one member and return the offset of its payload."""
@@ -66,17 +56,21 @@ class _Tar:
     def _write(self, data: bytes) -> None:
         self._file.write(data)
         self.sha256.update(data)
+        self.crc32 = zlib.crc32(data, self.crc32)
         self.position += len(data)
 
 
 def _add_sample(tar: _Tar, sample: Sample) -> dict[str, Any]:
-    start = tar.position
+    start, tar.crc32 = tar.position, 0
     image_offset = tar.add(f"{sample.key}.{sample.image_extension}", sample.image)
-    label_offset = tar.add(f"{sample.key}.{sample.label_extension}", sample.label)
+    label_offset = tar.position  # where it has none; label_size is 0 then
+    if sample.label_extension:
+        label_offset = tar.add(f"{sample.key}.{sample.label_extension}", sample.label)
     return {
         "key": sample.key,
         "offset": start,
         "size": tar.position - start,
+        "crc32": tar.crc32,
         "image_offset": image_offset,
         "image_size": len(sample.image),
         "label_offset": label_offset,
@@ -85,11 +79,3 @@ def _add_sample(tar: _Tar, sample: Sample) -> dict[str, Any]:
         "height": sample.height,
         "labels": list(sample.labels),
     }
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

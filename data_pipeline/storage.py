@@ -1,23 +1,66 @@
-"""Byte ranges of files: the little that reading a data set needs from its storage."""
+"""Places that hold data sets: a local directory, or a prefix of a bucket (`object_store`).
+
+Nothing relies on listing: what a data set consists of is said by its manifest.
+"""
 
 import os
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import IO, Generic, Protocol, TypeVar
 
 from data_pipeline.errors import DataError
 
 _Key = TypeVar("_Key")
 _Value = TypeVar("_Value")
 
-_SCHEME = re.compile(
-    r"^([A-Za-z][A-Za-z0-9+.-]+):/"
-)  # Path() folds "s3://bucket" into "s3:/bucket"
+# Path() folds "s3://bucket" into "s3:/bucket".
+_SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]+):/+")
 _OPEN_FILES = 256
+
+Place = str | Path  # a local directory, or s3://bucket/prefix
+
+
+class Storage(Protocol):
+    """The files under one place, by names relative to it; safe to share between threads."""
+
+    @property
+    def place(self) -> str:
+        """The directory, or s3://bucket/prefix."""
+
+    @property
+    def remote(self) -> bool:
+        """Whether a read takes a network round trip."""
+
+    def read(self, name: str, offset: int, size: int) -> bytes:
+        """Exactly `size` bytes of a file from `offset`.
+
+        Raises:
+            DataError: the file is missing, ends before that, or cannot be read.
+        """
+
+    def read_whole(self, name: str) -> bytes:
+        """All of a file.
+
+        Raises:
+            DataError: the file is missing or cannot be read.
+        """
+
+    def size(self, name: str) -> int | None:
+        """Bytes of a file; None where there is none."""
+
+    def writing(self, name: str) -> AbstractContextManager[IO[bytes]]:
+        """A file to write, which appears whole, and for good, when the block ends without error."""
+
+    def delete(self, name: str) -> None:
+        """Delete a file, if it is there."""
+
+    def names(self, prefix: str) -> list[str]:
+        """Names of the files here that begin with `prefix`; only ever used to clean up."""
 
 
 class LoadingCache(Generic[_Key, _Value]):
@@ -32,6 +75,9 @@ class LoadingCache(Generic[_Key, _Value]):
         self._load = load
         self._entries: OrderedDict[_Key, Future[_Value]] = OrderedDict()
         self._lock = threading.Lock()
+
+    def __contains__(self, key: _Key) -> bool:
+        return key in self._entries
 
     def get(self, key: _Key) -> _Value:
         """The value of `key`, loaded now if it is not there."""
@@ -73,46 +119,118 @@ class _File:
             os.close(self._descriptor)
 
 
-class Storage:
-    """Reads byte ranges of the files under one directory; safe to share between threads."""
+class LocalStorage:
+    """The files under a local directory, or one mounted there."""
+
+    remote = False
 
     def __init__(self, root: Path) -> None:
-        self._root = root
+        self.root = root
         self._files: LoadingCache[str, _File] = LoadingCache(_OPEN_FILES, self._open)
 
-    def read(self, name: str, offset: int, size: int) -> bytes:
-        """Exactly `size` bytes of the file `name` (relative to the root) from `offset`.
+    @property
+    def place(self) -> str:
+        """The directory."""
+        return str(self.root)
 
-        Raises:
-            DataError: the file is missing or ends before that.
-        """
+    def read(self, name: str, offset: int, size: int) -> bytes:
+        """See `Storage`."""
         data = self._files.get(name).read(offset, size)
         if len(data) != size:
             raise DataError(
-                f"{self._root / name}: {len(data)} of the {size} bytes from {offset} on are there; "
+                f"{self.root / name}: {len(data)} of the {size} bytes from {offset} on are there; "
                 "it is shorter than the manifest says, copy the data set completely"
             )
         return data
 
+    def read_whole(self, name: str) -> bytes:
+        """See `Storage`."""
+        try:
+            return (self.root / name).read_bytes()
+        except FileNotFoundError:
+            raise DataError(f"{self.root / name}: not found") from None
+
+    def size(self, name: str) -> int | None:
+        """See `Storage`."""
+        try:
+            return (self.root / name).stat().st_size
+        except FileNotFoundError:
+            return None
+
+    @contextmanager
+    def writing(self, name: str) -> Iterator[IO[bytes]]:
+        """See `Storage`: temporary name, fsync, rename, fsync of the directory."""
+        path = self.root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
+        try:
+            with open(temporary, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        _sync_directory(path.parent)
+
+    def delete(self, name: str) -> None:
+        """See `Storage`; a directory below the place goes with its last file."""
+        path = self.root / name
+        path.unlink(missing_ok=True)
+        if path.parent != self.root:
+            with suppress(OSError):
+                path.parent.rmdir()
+
+    def names(self, prefix: str) -> list[str]:
+        """See `Storage`."""
+        paths = (path.relative_to(self.root) for path in self.root.rglob("*") if path.is_file())
+        return sorted(name for path in paths if (name := path.as_posix()).startswith(prefix))
+
     def _open(self, name: str) -> _File:
         try:
-            return _File(self._root / name)
+            return _File(self.root / name)
         except FileNotFoundError:
             raise DataError(
-                f"{self._root / name}: named in the manifest but not there; "
+                f"{self.root / name}: named in the manifest but not there; "
                 "copy the data set completely"
             ) from None
 
 
-def local_path(place: str | Path) -> Path:
-    """`place` as a path on this machine.
+def open_storage(place: Place) -> Storage:
+    """The files under a local directory or s3://bucket/prefix.
 
     Raises:
-        DataError: `place` is a URI with a scheme, such as s3://.
+        DataError: another scheme, or no bucket's name.
     """
-    if scheme := _SCHEME.match(str(place)):
+    scheme = _SCHEME.match(str(place))
+    if scheme is None:
+        return LocalStorage(Path(place))
+    if scheme[1] != "s3":
         raise DataError(
-            f"{place}: only local paths are supported so far, not {scheme[1]}:; "
-            "copy or mount the data set and name its directory"
+            f"{place}: data sets lie in local directories or under s3://bucket/prefix, "
+            f"not {scheme[1]}:; copy or mount it"
         )
-    return Path(place)
+    from data_pipeline.object_store import ObjectStore
+
+    return ObjectStore(str(place)[scheme.end() :])
+
+
+def is_local(place: Place) -> bool:
+    """Whether a place is a path on this machine."""
+    return _SCHEME.match(str(place)) is None
+
+
+def join(place: Place, *names: str) -> str:
+    """The place `names` below `place`."""
+    scheme = _SCHEME.match(str(place))
+    if scheme is None:
+        return str(Path(place, *names))
+    return "/".join([f"{scheme[1]}://{str(place)[scheme.end() :].rstrip('/')}", *names])
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -12,6 +12,10 @@ from data_pipeline.dataset import Dataset, open_dataset
 from data_pipeline.formats.sample import Sample
 from data_pipeline.manifest import Manifest, write_manifest
 from data_pipeline.shards import write_shard
+from data_pipeline.storage import LocalStorage
+from tests.object_store import bucket, proxy, store
+
+__all__ = ["bucket", "proxy", "store"]  # fixtures
 
 MakeDataset = Callable[..., Dataset]
 
@@ -42,15 +46,19 @@ def tiny_sample(task: str, index: int) -> Sample:
 
 @pytest.fixture
 def make_dataset(tmp_path: Path) -> MakeDataset:
-    """Write and open a data set: make_dataset(task, samples of each shard)."""
+    """Write and open a data set: make_dataset(task, samples of each shard, sample(task, index))."""
 
-    def make(task: str, shard_samples: Sequence[int]) -> Dataset:
+    def make(
+        task: str,
+        shard_samples: Sequence[int],
+        sample: Callable[[str, int], Sample] = tiny_sample,
+    ) -> Dataset:
         directory = tmp_path / "tiny" / "train"
         directory.mkdir(parents=True)
         shards, tables, first = [], [], 0
         for number, count in enumerate(shard_samples):
-            samples = [tiny_sample(task, first + i) for i in range(count)]
-            shard, table = write_shard(directory / f"{number:05d}.tar", samples)
+            samples = [sample(task, first + i) for i in range(count)]
+            shard, table = write_shard(LocalStorage(directory), f"{number:05d}.tar", samples)
             shards.append(shard)
             tables.append(table)
             first += count

@@ -1,6 +1,7 @@
 import hashlib
 import subprocess
 import tarfile
+import zlib
 
 import cv2
 import numpy as np
@@ -10,6 +11,7 @@ import webdataset as wds
 
 from data_pipeline.formats.sample import Sample
 from data_pipeline.shards import write_shard
+from data_pipeline.storage import LocalStorage
 
 
 def make(key: str, width: int = 8, label: bytes = b"3", extension: str = "cls") -> Sample:
@@ -32,12 +34,13 @@ KEYS = ["a", "b_c", "x" * 150, "straße"]
 
 def test_rows_point_at_the_payloads_and_spans_are_contiguous(tmp_path):
     samples = [make(key, 8 + 3 * i, b"3" * (i + 1)) for i, key in enumerate(KEYS)]
-    shard, rows = write_shard(tmp_path / "shard-000000.tar", samples)
+    shard, rows = write_shard(LocalStorage(tmp_path), "shard-000000.tar", samples)
     data = (tmp_path / shard.name).read_bytes()
     end = 0
     for sample, row in zip(samples, rows.to_pylist(), strict=True):
         assert row["offset"] == end
         end += row["size"]
+        assert zlib.crc32(data[row["offset"] : end]) == row["crc32"]
         assert data[row["image_offset"] :][: row["image_size"]] == sample.image
         assert data[row["label_offset"] :][: row["label_size"]] == sample.label
         assert row["offset"] < row["image_offset"] < row["label_offset"] < end
@@ -54,7 +57,7 @@ def test_rows_point_at_the_payloads_and_spans_are_contiguous(tmp_path):
 
 
 def test_headers_are_plain_and_other_readers_agree(tmp_path):
-    shard, _ = write_shard(tmp_path / "s.tar", [make(key) for key in KEYS])
+    shard, _ = write_shard(LocalStorage(tmp_path), "s.tar", [make(key) for key in KEYS])
     names = [f"{key}.{extension}" for key in KEYS for extension in ("jpg", "cls")]
     with tarfile.open(tmp_path / "s.tar") as tar:
         members = tar.getmembers()
@@ -71,8 +74,7 @@ def test_headers_are_plain_and_other_readers_agree(tmp_path):
 
 def test_the_same_samples_give_the_same_bytes(tmp_path):
     for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-        write_shard(tmp_path / name / "s.tar", [make(key) for key in KEYS])
+        write_shard(LocalStorage(tmp_path / name), "s.tar", [make(key) for key in KEYS])
     assert (tmp_path / "a/s.tar").read_bytes() == (tmp_path / "b/s.tar").read_bytes()
 
 
@@ -80,7 +82,8 @@ def test_webdataset_reads_it(tmp_path):
     mask = np.arange(77, dtype=np.uint8).reshape(7, 11)
     png = cv2.imencode(".png", mask)[1].tobytes()
     write_shard(
-        tmp_path / "s.tar",
+        LocalStorage(tmp_path),
+        "s.tar",
         [
             make("a", 8),
             make("b", 9, b"12"),
@@ -101,5 +104,5 @@ def test_a_failure_leaves_nothing_behind(tmp_path):
         raise RuntimeError("disk gone")
 
     with pytest.raises(RuntimeError, match="disk gone"):
-        write_shard(tmp_path / "s.tar", broken())
+        write_shard(LocalStorage(tmp_path), "s.tar", broken())
     assert list(tmp_path.iterdir()) == []

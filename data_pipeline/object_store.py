@@ -1,0 +1,284 @@
+"""A prefix of a bucket: S3, or anything that speaks its protocol.
+
+The endpoint and the credentials are boto3's to find (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, ...,
+shared files, the machine's role); they are never part of a place, a job file or a message.
+"""
+
+import base64
+import hashlib
+import os
+import random
+import re
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
+from functools import cache, partial
+from typing import IO, Any, TypeVar
+
+from data_pipeline.errors import DataError, StorageUnavailable
+
+_Result = TypeVar("_Result")
+
+_BUCKET = re.compile(r"^[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]$")
+_CONNECTIONS = 64
+_PART_BYTES = 64 << 20  # a store limits one PUT to 5 GB, an upload to 10,000 parts
+_BUSY = {"SlowDown", "Throttling", "RequestTimeout", "RequestTimeTooSlow", "BadDigest"}
+_FIRST_WAIT, _LONGEST_WAIT = 0.1, 8.0  # seconds
+
+
+class _Interrupted(Exception):
+    """A body that ended early, or another passing trouble."""
+
+
+class ObjectStore:
+    """The objects under s3://bucket/prefix; see `Storage` for what the methods promise.
+
+    Passing trouble (time-outs, broken connections, bodies cut short, 5xx, SlowDown) is retried with
+    growing random waits for `patience` seconds; `timeout` bounds the silence of a connection.
+    """
+
+    remote = True
+
+    def __init__(self, place: str, *, patience: float = 120.0, timeout: float = 20.0) -> None:
+        bucket, _, prefix = place.partition("/")
+        if not _BUCKET.match(bucket):
+            shown = bucket if "@" not in bucket else "..."  # a secret may stand before the @
+            raise DataError(
+                f"s3://{shown}: not the name of a bucket; write s3://bucket/prefix, and give "
+                "credentials in the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY)"
+            )
+        self._bucket, self._prefix = bucket, prefix.strip("/")
+        self._patience, self._timeout = patience, timeout
+
+    @property
+    def place(self) -> str:
+        """s3://bucket/prefix."""
+        return f"s3://{self._bucket}/{self._prefix}".rstrip("/")
+
+    def read(self, name: str, offset: int, size: int) -> bytes:
+        """See `Storage`."""
+        if size == 0:
+            return b""
+        uri = f"{self.place}/{name}"
+
+        def get() -> bytes:
+            stop = offset + size
+            answer = self._client.get_object(**self._at(name), Range=f"bytes={offset}-{stop - 1}")
+            whole = re.search(r"/(\d+)$", answer.get("ContentRange", ""))
+            if whole is None:
+                raise DataError(f"{uri}: the store does not answer requests for a range of bytes")
+            if int(whole[1]) < stop:
+                raise DataError(_too_short(uri, f"{whole[1]} bytes, bytes {offset} to {stop}"))
+            return _body(answer, size)
+
+        return self._retry(uri, get)
+
+    def read_whole(self, name: str) -> bytes:
+        """See `Storage`."""
+
+        def get() -> bytes:
+            answer = self._client.get_object(**self._at(name))
+            return _body(answer, answer["ContentLength"])
+
+        return self._retry(f"{self.place}/{name}", get)
+
+    def size(self, name: str) -> int | None:
+        """See `Storage`."""
+
+        def head() -> int | None:
+            from botocore.exceptions import ClientError
+
+            try:
+                return self._client.head_object(**self._at(name))["ContentLength"]
+            except ClientError as error:
+                if _code(error) in ("404", "NoSuchKey"):
+                    return None
+                raise
+
+        return self._retry(f"{self.place}/{name}", head)
+
+    @contextmanager
+    def writing(self, name: str) -> Iterator[IO[bytes]]:
+        """See `Storage`: a nameless local file, which no kill leaves behind, then PUT."""
+        with tempfile.TemporaryFile(prefix="atrous-") as file:
+            yield file
+            size = file.seek(0, 2)
+            file.seek(0)
+            if size <= _PART_BYTES:
+                self._send(name, self._client_method("put_object"), self._at(name), file.read())
+            else:
+                self._upload_in_parts(name, file)
+
+    def delete(self, name: str) -> None:
+        """See `Storage`."""
+        self._retry(f"{self.place}/{name}", lambda: self._client.delete_object(**self._at(name)))
+
+    def names(self, prefix: str) -> list[str]:
+        """See `Storage`."""
+        base = f"{self._prefix}/" if self._prefix else ""
+
+        def listing() -> list[str]:
+            pages = self._client.get_paginator("list_objects_v2").paginate(
+                Bucket=self._bucket, Prefix=base + prefix
+            )
+            return [item["Key"][len(base) :] for page in pages for item in page.get("Contents", ())]
+
+        return self._retry(f"{self.place}/{prefix}*", listing)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        make = partial(ObjectStore, patience=self._patience, timeout=self._timeout)
+        return make, (self.place.removeprefix("s3://"),)
+
+    def _at(self, name: str) -> dict[str, str]:
+        return {"Bucket": self._bucket, "Key": f"{self._prefix}/{name}".lstrip("/")}
+
+    def _client_method(self, name: str) -> Callable[..., Any]:
+        return lambda **arguments: getattr(self._client, name)(**arguments)
+
+    @property
+    def _client(self) -> Any:
+        settings = sorted((name, value) for name, value in os.environ.items() if "AWS_" in name)
+        with _lock:
+            return _shared_client(self._timeout, tuple(settings), os.getpid())
+
+    def _send(
+        self, name: str, send: Callable[..., Any], arguments: dict[str, Any], data: bytes
+    ) -> Any:
+        digest = base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()
+        return self._retry(
+            f"{self.place}/{name}", lambda: send(**arguments, Body=data, ContentMD5=digest)
+        )
+
+    def _upload_in_parts(self, name: str, file: IO[bytes]) -> None:
+        uri, target = f"{self.place}/{name}", self._at(name)
+        upload = self._retry(uri, lambda: self._client.create_multipart_upload(**target))
+        target["UploadId"] = upload["UploadId"]
+        try:
+            parts: list[dict[str, Any]] = []
+            while data := file.read(_PART_BYTES):
+                arguments = target | {"PartNumber": len(parts) + 1}
+                sent = self._send(name, self._client_method("upload_part"), arguments, data)
+                parts.append({"ETag": sent["ETag"], "PartNumber": len(parts) + 1})
+            whole, size = {"Parts": parts}, file.tell()
+            self._retry(uri, lambda: self._complete(name, target, whole, size))
+        except BaseException:
+            with suppress(Exception):  # else its parts stay, unseen and paid for
+                self._client.abort_multipart_upload(**target)
+            raise
+
+    def _complete(self, name: str, target: dict[str, Any], whole: Any, size: int) -> None:
+        from botocore.exceptions import ClientError
+
+        try:
+            self._client.complete_multipart_upload(**target, MultipartUpload=whole)
+        except ClientError as error:
+            # The answer to an earlier attempt was lost.
+            if _code(error) != "NoSuchUpload" or self.size(name) != size:
+                raise
+
+    def _retry(self, uri: str, call: Callable[[], _Result]) -> _Result:
+        """The result of `call`, in spite of passing trouble."""
+        started, attempt = time.monotonic(), 0
+        while True:
+            attempt += 1
+            try:
+                return call()
+            except DataError:
+                raise
+            except Exception as error:
+                _refuse_lasting(uri, error)
+                waited = time.monotonic() - started
+                wait = min(_LONGEST_WAIT, _FIRST_WAIT * 2.0 ** min(attempt, 10))
+                wait *= 0.5 + random.random() / 2  # so that a thousand readers do not come at once
+                if waited + wait > self._patience:
+                    raise StorageUnavailable(
+                        f"{uri}: {_text(error)}; tried {attempt} times in {waited:.0f} s. "
+                        "Check the store and the network, then start again: it goes on from here"
+                    ) from error
+            time.sleep(wait)
+
+
+_lock = threading.Lock()  # two threads shall not make two clients
+
+
+@cache
+def _shared_client(timeout: float, settings: tuple[tuple[str, str], ...], process: int) -> Any:
+    """The client of all stores of this process that find the same settings: it is slow to make."""
+    import boto3
+    from botocore.config import Config
+
+    config = Config(
+        connect_timeout=min(5.0, timeout),
+        read_timeout=timeout,
+        retries={"total_max_attempts": 1},  # ours are retries enough, and they look at bodies
+        max_pool_connections=_CONNECTIONS,
+        tcp_keepalive=True,
+        # Checksums in trailers are refused by many stores; what we send has Content-MD5.
+        request_checksum_calculation="when_required",
+        response_checksum_validation="when_required",
+    )
+    return boto3.session.Session().client("s3", config=config)
+
+
+def _body(answer: dict[str, Any], size: int) -> bytes:
+    with closing(answer["Body"]) as body:
+        data = body.read()
+    if len(data) != size:
+        raise _Interrupted(f"{len(data)} of {size} bytes arrived")
+    return data
+
+
+def _code(error: Any) -> str:
+    return str(error.response.get("Error", {}).get("Code", ""))
+
+
+def _text(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def _too_short(uri: str, what: str) -> str:
+    return f"{uri}: has {what} were wanted; it is shorter than the manifest says, copy it again"
+
+
+def _refuse_lasting(uri: str, error: Exception) -> None:
+    """Raise what will not pass by waiting, in words; return for what may."""
+    from botocore.exceptions import (
+        BotoCoreError,
+        ClientError,
+        ConnectionError,
+        HTTPClientError,
+        IncompleteReadError,
+    )
+
+    if isinstance(error, ClientError):
+        _refuse_answer(uri, error)
+    elif isinstance(error, BotoCoreError):
+        if not isinstance(error, ConnectionError | HTTPClientError | IncompleteReadError):
+            raise StorageUnavailable(
+                f"{uri}: {_text(error)}; set AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, "
+                "AWS_DEFAULT_REGION and, for a store of your own, AWS_ENDPOINT_URL"
+            ) from None
+    elif not isinstance(error, OSError | _Interrupted) and "urllib3" not in type(error).__module__:
+        raise error
+
+
+def _refuse_answer(uri: str, error: Any) -> None:
+    code, status = _code(error), error.response["ResponseMetadata"].get("HTTPStatusCode", 0)
+    if code in _BUSY or status >= 500 or status == 429:
+        return
+    if code == "NoSuchBucket":
+        raise StorageUnavailable(f"{uri}: there is no such bucket; correct its name") from None
+    if status == 404:
+        raise DataError(
+            f"{uri}: not there (404); copy the data set completely or correct the place"
+        ) from None
+    if status in (401, 403):
+        raise StorageUnavailable(
+            f"{uri}: access denied ({code}); the credentials of the environment (AWS_ACCESS_KEY_ID "
+            "..., or the machine's role) do not open it"
+        ) from None
+    if status == 416:
+        raise DataError(_too_short(uri, "fewer bytes than")) from None
+    raise DataError(f"{uri}: the store refuses: {_text(error)}") from None
