@@ -1,11 +1,12 @@
 """What a job file says about its data. Light on purpose: nothing here imports numpy or OpenCV."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ByteSize, ConfigDict, Field
 
 Side = Annotated[int, Field(ge=1)]
 Crop = Side | tuple[Side, Side]
+OnBadSample = Literal["fail", "skip"]
 
 
 def as_size(crop: Crop) -> tuple[int, int]:
@@ -51,6 +52,19 @@ class EvalData(BaseModel):
     )
 
 
+class Cache(BaseModel):
+    """A directory of each node that keeps what was read from a data set."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    directory: str | None = Field(
+        default=None, description="None: $ATROUS_CACHE, else below the system's temporary directory"
+    )
+    size: Annotated[ByteSize, Field(gt=0)] | None = Field(
+        default=None, description='such as "200 GB"; None: 50 GB, or a quarter of what is free'
+    )
+
+
 class DataConfig(BaseModel):
     """Where a stage's samples come from."""
 
@@ -62,3 +76,16 @@ class DataConfig(BaseModel):
         default=4, description="decoding threads of a worker"
     )
     prefetch: Annotated[int, Field(ge=1)] = Field(default=4, description="batches prepared ahead")
+    cache: Cache | Literal[False] | None = Field(
+        default=None,
+        description="shared by all workers of a node; None: for a data_root of s3:// only; "
+        "false: never",
+    )
+    on_bad_sample: OnBadSample = Field(
+        default="fail",
+        description="training sample that cannot be read or decoded; skip: another replaces it",
+    )
+    max_bad_share: Annotated[float, Field(ge=0, le=1)] = Field(
+        default=0.001,
+        description="skip: bad share of an epoch's samples (or 8, if more) that stops the run",
+    )

@@ -1,12 +1,17 @@
 """Encoded bytes to arrays. The decoders release the GIL, so threads are enough.
 
-An EXIF orientation is not applied: masks and sizes in the manifest describe the pixels as stored,
-and a turned image would no longer lie under its mask.
+An EXIF orientation is not applied, neither here nor in preparation: masks and sizes in the manifest
+describe the pixels as stored, and a turned image would no longer lie under its mask.
+
+Damage is an error, also where a decoder could go on: libjpeg fills what it cannot read with grey or
+with what it takes the rest of the data for, and only warns (docs/log.md).
 """
 
 import io
 import json
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import cv2
@@ -22,12 +27,16 @@ Pixels = NDArray[np.uint8]
 MAX_PIXELS = 178_956_970  # Pillow's own limit; 0.5 GB of RGB
 _JPEG = b"\xff\xd8"
 _PNG = b"\x89PNG\r\n\x1a\n"
+# Few and harmless ones only: others of Pillow's start programs (EPS) or are hardly ever read.
+_PILLOW_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
 
 
 def decode_image(data: bytes, key: str) -> Pixels:
     """Decode an image to RGB `(H, W, 3)`.
 
-    Sixteen bits are reduced to eight, grey becomes three equal channels, alpha is dropped.
+    JPEG and PNG, and what Pillow reads of BMP, GIF (first frame), PPM, TIFF and WebP; the content
+    decides, not the name. Sixteen bits of a PNG are reduced to eight, grey becomes three equal
+    channels, alpha is dropped.
 
     Raises:
         DataError: damaged, of an unknown format, or larger than MAX_PIXELS.
@@ -44,14 +53,12 @@ def decode_image_scaled(data: bytes, key: str, *, min_height: int, min_width: in
     Raises:
         DataError: damaged, of an unknown format, or larger than MAX_PIXELS.
     """
-    try:
+    with _naming("image", key):
         if data.startswith(_JPEG):
             return _decode_jpeg(data, min_height, min_width)
         if data.startswith(_PNG):
             return cv2.cvtColor(_decode_png(data, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
         return _decode_other(data)
-    except (ValueError, OSError, SyntaxError, cv2.error, Image.DecompressionBombError) as error:
-        raise DataError(f"{key}: cannot decode the image ({error}); prepare it again") from error
 
 
 def decode_mask(data: bytes, key: str) -> Pixels:
@@ -60,20 +67,18 @@ def decode_mask(data: bytes, key: str) -> Pixels:
     Raises:
         DataError: no PNG, damaged, larger than MAX_PIXELS, or not eight bits of one channel.
     """
-    try:
-        if not data.startswith(_PNG) or len(data) < 26:
-            raise ValueError("not a PNG")
+    with _naming("mask", key):
+        if not data.startswith(_PNG):
+            raise ValueError(f"not a PNG, it {_beginning(data)}")
+        _check_size(*_png_size(data))
         depth, color = data[24], data[25]
         if color == 3:  # OpenCV would replace the ids by their colours
-            with _open_with_pillow(data) as image:
-                return np.array(image)
+            return _decode_palette(data)
         if (depth, color) != (8, 0):
             raise ValueError(
                 f"bit depth {depth}, colour type {color}; a mask has 8 bits, 1 channel"
             )
         return _decode_png(data, cv2.IMREAD_UNCHANGED)
-    except (ValueError, OSError, SyntaxError, cv2.error) as error:
-        raise DataError(f"{key}: cannot decode the mask ({error}); prepare it again") from error
 
 
 def decode_class(data: bytes, key: str) -> int:
@@ -102,17 +107,33 @@ def decode_labels(data: bytes, key: str) -> list[int]:
     return labels
 
 
+@contextmanager
+def _naming(what: str, key: str) -> Iterator[None]:
+    """Say of which sample it was that a decoder complained."""
+    try:
+        yield
+    except (ValueError, cv2.error) as error:
+        raise DataError(f"{key}: cannot decode the {what} ({error}); prepare it again") from error
+
+
 def _decode_jpeg(data: bytes, min_height: int, min_width: int) -> Pixels:
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
-        _check_size(height, width)
-        if colorspace in ("CMYK", "YCCK"):  # libjpeg-turbo does not turn these into RGB
-            return _decode_other(data)
-        return simplejpeg.decode_jpeg(data, "RGB", min_height=min_height, min_width=min_width)
     except (ValueError, KeyError):
-        # libjpeg-turbo refuses what it can only warn about, stray bytes like missing halves of
-        # images; Pillow tells them apart: it reads the first and raises on the second.
+        # Warnings about a header leave the pixels as they are, and some kinds of subsampling are
+        # just unknown to TurboJPEG; Pillow raises where a header is really damaged.
         return _decode_other(data)
+    _check_size(height, width)
+    if colorspace in ("CMYK", "YCCK"):
+        simplejpeg.decode_jpeg(data, "CMYK")  # for its errors: Pillow does not see all damage
+        return _decode_other(data)  # libjpeg-turbo does not turn these into RGB
+    how = {"colorspace": "RGB", "min_height": min_height, "min_width": min_width}
+    try:
+        return simplejpeg.decode_jpeg(data, **how)
+    except ValueError as error:
+        if "Invalid SOS parameters" not in str(error):  # they have no meaning outside progressive
+            raise
+        return simplejpeg.decode_jpeg(data, **how, strict=False)
 
 
 def _decode_png(data: bytes, mode: int) -> Pixels:
@@ -123,19 +144,44 @@ def _decode_png(data: bytes, mode: int) -> Pixels:
     return array
 
 
+def _decode_palette(data: bytes) -> Pixels:
+    """The palette's indices. Pillow compares checksums only when it is asked to."""
+    with _pillow_errors():
+        _open_with_pillow(data).verify()
+        return np.array(_open_with_pillow(data))
+
+
 def _decode_other(data: bytes) -> Pixels:
-    """Whatever else Pillow reads."""
-    with _open_with_pillow(data) as image:
+    """What only Pillow reads."""
+    with _pillow_errors():
+        image = _open_with_pillow(data)
+        if image.mode.startswith(("I", "F")):  # its conversion would cut off what is above 255
+            raise ValueError(f"{image.format} of mode {image.mode}; 8 bits a channel are read")
         return np.array(image.convert("RGB"))
 
 
 def _open_with_pillow(data: bytes) -> Image.Image:
     try:
-        image = Image.open(io.BytesIO(data))
+        image = Image.open(io.BytesIO(data), formats=_PILLOW_FORMATS)
     except UnidentifiedImageError:
-        raise ValueError("not an image, or its header is damaged") from None
+        raise ValueError(f"not an image, or its header is damaged; it {_beginning(data)}") from None
     _check_size(image.height, image.width)
     return image
+
+
+@contextmanager
+def _pillow_errors() -> Iterator[None]:
+    """Pillow's parsers raise OSError, SyntaxError, struct.error and more on damaged files."""
+    try:
+        yield
+    except (MemoryError, ValueError):
+        raise
+    except Exception as error:
+        raise ValueError(str(error) or type(error).__name__) from error
+
+
+def _beginning(data: bytes) -> str:
+    return f"begins with {data[:16]!r}" if data else "is empty"
 
 
 def _png_size(data: bytes) -> tuple[int, int]:

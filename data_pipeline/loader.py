@@ -4,26 +4,25 @@ Reading, decoding and resizing release the GIL, so threads in the training proce
 hand over tensors without pickling (docs/decisions/0002-threads-for-loading.md).
 """
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import chain
+from itertools import chain, tee
 from random import Random
 from time import perf_counter
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
-import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from data_pipeline.config import Crop, EvalData, TrainData, as_size
-from data_pipeline.dataset import BlockReader, Dataset, RawSample
+from data_pipeline.bad_samples import BadSample, first_good
+from data_pipeline.blocks import BlockReader
+from data_pipeline.config import Crop, EvalData, OnBadSample, TrainData, as_size
+from data_pipeline.dataset import Dataset, RawSample
 from data_pipeline.decode import (
     Pixels,
     decode_class,
@@ -32,7 +31,8 @@ from data_pipeline.decode import (
     decode_labels,
     decode_mask,
 )
-from data_pipeline.errors import DataError
+from data_pipeline.errors import DataError, StorageUnavailable
+from data_pipeline.in_order import InOrder
 from data_pipeline.plan import Plan, SampleIndex, eval_indices, sample_seed
 from data_pipeline.transforms import (
     SegmentationAugmentation,
@@ -42,16 +42,15 @@ from data_pipeline.transforms import (
     center_crop,
 )
 
-_Group = TypeVar("_Group")
-_Result = TypeVar("_Result")
-
 _Label = Pixels | NDArray[np.float32] | int
 _Prepare = Callable[[RawSample, Random], tuple[Pixels, _Label]]
 _Read = Callable[[int, int], RawSample]
+_Loaded = tuple[str, tuple[BadSample, ...]]  # the key, and what it replaced
 
 _AREA = (0.08, 1.0)
 _SCALE = (0.5, 2.0)
 _IGNORE_LABEL = 255
+_EVAL_BLOCK = 32  # neighbouring samples of a remote data set that evaluation reads together
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,11 +59,13 @@ class Batch:
 
     `images` is uint8 RGB `(B, 3, H, W)`, channels last in memory. `labels` is for segmentation
     uint8 `(B, H, W)`, for classification int64 `(B,)`, for multilabel float32 `(B, K)` of 0 and 1.
+    `bad` are the samples that others in it replace, and the bad ones among those others.
     """
 
     images: Tensor
     labels: Tensor
     keys: tuple[str, ...]
+    bad: tuple[BadSample, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +86,9 @@ class TrainLoader:
     on `start_step` or on how slots are shared between ranks. Up to `prefetch` batches are in the
     works while the consumer holds one. Use it in a `with` statement: its threads end there.
 
+    Where `on_bad_sample` is "skip", others replace samples that cannot be read or decoded; the
+    batch says so, and how many are too many is up to the consumer.
+
     Raises:
         ValueError: the plan is impossible (see `Plan`).
         DataError: from the iteration, naming the sample that cannot be read or decoded.
@@ -101,9 +105,10 @@ class TrainLoader:
     stop_step: int
     threads: int = 4
     prefetch: int = 4
+    on_bad_sample: OnBadSample = "fail"
     mean_pixel: tuple[float, float, float] = (127.5, 127.5, 127.5)
     wait_seconds: float = field(default=0.0, init=False)  # how long the consumer has waited so far
-    _batches: Iterator[tuple["_Buffers", list[list[str]]]] = field(init=False, repr=False)
+    _batches: InOrder["_Buffers", list[_Loaded]] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         plan = Plan(
@@ -112,17 +117,29 @@ class TrainLoader:
             seed=self.seed,
             global_batch=self.global_batch,
         )
-        read: _Read = self.dataset.read
-        if self.data.block_size > 1:
-            num_blocks = len(self.slots) + self.threads
-            read = BlockReader(self.dataset, self.data.block_size, num_blocks).read
+        steps = range(self.start_step, self.stop_step)
+        reader = BlockReader(
+            self.dataset,
+            self.data.block_size,
+            num_blocks=len(self.slots) + self.threads,
+            # A plan of its own: the other one is still in the last epoch when this one is ahead.
+            upcoming=_upcoming(replace(plan), steps, self.slots),
+        )
         new_buffers = partial(
             _Buffers.new, self.task, len(self.slots), as_size(self.data.crop), self.num_classes
         )
-        source = _TrainSource(plan, self.slots, read, _train_preparation(self), new_buffers)
+        source = _TrainSource(
+            dataset=self.dataset,
+            plan=plan,
+            slots=self.slots,
+            reader=reader,
+            prepare=_train_preparation(self),
+            new_buffers=new_buffers,
+            on_bad_sample=self.on_bad_sample,
+        )
         # Nothing below refers to the loader, so dropping the loader ends its threads at once.
-        groups = source.groups(range(self.start_step, self.stop_step), self.threads)
-        self._batches = _run_in_order(groups, self.threads, self.prefetch)
+        groups = source.groups(steps, self.threads)
+        self._batches = InOrder(groups, self.threads, self.prefetch)
 
     def __iter__(self) -> Self:
         return self
@@ -133,15 +150,17 @@ class TrainLoader:
             buffers, parts = next(self._batches)
         finally:
             self.wait_seconds += perf_counter() - started
+        keys, bad = zip(*chain.from_iterable(parts), strict=True)
         return Batch(
             images=torch.from_numpy(buffers.images).permute(0, 3, 1, 2),
             labels=torch.from_numpy(buffers.labels),
-            keys=tuple(chain.from_iterable(parts)),
+            keys=keys,
+            bad=tuple(chain.from_iterable(bad)),
         )
 
     def close(self) -> None:
-        """End the threads; nothing more is yielded."""
-        self._batches.close()  # type: ignore[attr-defined]
+        """End the threads, from any thread; nothing more is yielded."""
+        self._batches.close()
 
     def __enter__(self) -> Self:
         return self
@@ -177,26 +196,40 @@ class EvalLoader:
 
     def __iter__(self) -> Iterator[EvalSample]:
         """Start the threads; they end with the iterator."""
-        for _, (sample,) in _run_in_order(self._groups(), self.threads, 2 * self.threads):
-            yield sample
+        with closing(InOrder(self._groups(), self.threads, 2 * self.threads)) as groups:
+            for _, (sample,) in groups:
+                yield sample
 
     def _groups(self) -> Iterator[tuple[None, list[Callable[[], EvalSample]]]]:
         prepare = _eval_preparation(self)
-        for index in self.indices:
-            yield None, [partial(self._load, int(index), prepare)]
+        indices, ahead = tee(self.indices)
+        upcoming = ((i, self.dataset.locate(int(index))) for i, index in enumerate(ahead))
+        block_size = _EVAL_BLOCK if self.dataset.remote else 1
+        with BlockReader(self.dataset, block_size, self.threads + 1, upcoming) as reader:
+            for i, index in enumerate(indices):
+                reader.advance(i)
+                yield None, [partial(self._load, int(index), reader.read, prepare)]
 
     def _load(
-        self, index: int, prepare: Callable[[RawSample], tuple[Pixels, _Label]]
+        self, index: int, read: _Read, prepare: Callable[[RawSample], tuple[Pixels, _Label]]
     ) -> EvalSample:
-        raw = self.dataset.read(*self.dataset.locate(index))
-        with _naming(raw.key):
-            image, label = prepare(raw)
-            return EvalSample(
-                image=torch.from_numpy(image).permute(2, 0, 1),
-                label=torch.as_tensor(label),
-                key=raw.key,
-                index=index,
-            )
+        place = self.dataset.locate(index)
+        try:
+            raw = read(*place)
+            with _naming(raw.key, self.dataset.manifest.shards[place.shard].name):
+                image, label = prepare(raw)
+        except StorageUnavailable:
+            raise
+        except DataError as error:
+            raise DataError(
+                f"{error}; evaluation counts every sample, so on_bad_sample is not for it"
+            ) from error
+        return EvalSample(
+            image=torch.from_numpy(image).permute(2, 0, 1),
+            label=torch.as_tensor(label),
+            key=raw.key,
+            index=index,
+        )
 
 
 @dataclass(frozen=True)
@@ -218,78 +251,66 @@ class _Buffers:
         return cls(np.empty((batch, *crop, 3), np.uint8), labels)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _TrainSource:
     """Turns steps into buffers and the calls that fill them."""
 
+    dataset: Dataset
     plan: Plan
     slots: range
-    read: _Read
+    reader: BlockReader
     prepare: _Prepare
     new_buffers: Callable[[], _Buffers]
+    on_bad_sample: OnBadSample
 
     def groups(
         self, steps: range, threads: int
-    ) -> Iterator[tuple[_Buffers, list[Callable[[], list[str]]]]]:
+    ) -> Iterator[tuple[_Buffers, list[Callable[[], list[_Loaded]]]]]:
         # A call for each thread, not each sample: handing over costs up to a tenth of small images.
         calls = max(1, min(threads, len(self.slots)))
         parts = [eval_indices(len(self.slots), i, calls) for i in range(calls)]
-        for step in steps:
-            buffers = self.new_buffers()
-            epoch = step // self.plan.steps_per_epoch
-            samples = self.plan.samples(step, self.slots)
-            yield buffers, [partial(self.fill, buffers, part, samples, epoch) for part in parts]
+        with self.reader:
+            for step in steps:
+                self.reader.advance(step)
+                buffers = self.new_buffers()
+                epoch = step // self.plan.steps_per_epoch
+                samples = self.plan.samples(step, self.slots)
+                yield buffers, [partial(self.fill, buffers, part, samples, epoch) for part in parts]
 
     def fill(
         self, buffers: _Buffers, places: range, samples: list[SampleIndex], epoch: int
-    ) -> list[str]:
-        """Write the samples of some places of the batch; gives their keys."""
-        keys = []
-        for place in places:
-            raw = self.read(*samples[place])
-            with _naming(raw.key):
-                rng = Random(sample_seed(self.plan.seed, epoch, *samples[place]))
-                buffers.images[place], buffers.labels[place] = self.prepare(raw, rng)
-            keys.append(raw.key)
-        return keys
+    ) -> list[_Loaded]:
+        """Write the samples of some places of the batch."""
+        return [self._fill(buffers, place, samples[place], epoch) for place in places]
+
+    def _fill(self, buffers: _Buffers, place: int, sample: SampleIndex, epoch: int) -> _Loaded:
+        seed = sample_seed(self.plan.seed, epoch, *sample)
+
+        def load(index: SampleIndex) -> str:
+            # A substitute's whole block would push out one that a slot is still reading.
+            raw = (self.reader if index == sample else self.dataset).read(*index)
+            with _naming(raw.key, self.dataset.manifest.shards[index.shard].name):
+                buffers.images[place], buffers.labels[place] = self.prepare(raw, Random(seed))
+            return raw.key
+
+        if self.on_bad_sample == "fail":
+            return load(sample), ()
+        return first_good(load, sample, seed, self.dataset)
 
 
-def _run_in_order(
-    groups: Iterable[tuple[_Group, list[Callable[[], _Result]]]], threads: int, ahead: int
-) -> Iterator[tuple[_Group, list[_Result]]]:
-    """Run the calls of each group on threads; yield groups with their results, in order.
-
-    While the consumer holds a group, `ahead` more are running or done. Ends its threads when
-    exhausted, closed or dropped; the first exception of a call is raised at its group's turn.
-    """
-    cv2.setNumThreads(0)  # ours are threads enough; OpenCV's own would compete with them
-    running: deque[tuple[_Group, list[Future[_Result]]]] = deque()
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="atrous-loader")
-
-    def take_first() -> tuple[_Group, list[_Result]]:
-        group, futures = running.popleft()
-        return group, [future.result() for future in futures]
-
-    try:
-        for group, calls in groups:
-            running.append((group, [pool.submit(call) for call in calls]))
-            if len(running) > ahead:
-                yield take_first()
-        while running:
-            yield take_first()
-    finally:
-        pool.shutdown(cancel_futures=True)
+def _upcoming(plan: Plan, steps: range, slots: range) -> Iterator[tuple[int, SampleIndex]]:
+    return ((step, sample) for step in steps for sample in plan.samples(step, slots))
 
 
 @contextmanager
-def _naming(key: str) -> Iterator[None]:
-    """Say which sample it was in an exception that does not know."""
+def _naming(key: str, shard: str) -> Iterator[None]:
+    """Say which sample it was in an exception that does not know, and where that lies."""
     try:
         yield
-    except DataError:
-        raise
+    except DataError as error:
+        raise DataError(f"{shard}: {error}") from error
     except Exception as error:
-        error.add_note(f"while loading sample {key!r}")
+        error.add_note(f"while loading sample {key!r} of {shard}")
         raise
 
 
@@ -297,7 +318,7 @@ def _train_preparation(loader: TrainLoader) -> _Prepare:
     """What turns a raw sample into the image and label of a training batch."""
     data, crop = loader.data, as_size(loader.data.crop)
     if loader.task == "segmentation":
-        ignore = loader.dataset.manifest.ignore_label
+        pair, ignore = _pair_decoder(loader), loader.dataset.manifest.ignore_label
         how = SegmentationAugmentation(
             crop=crop,
             scale=data.scale or _SCALE,
@@ -306,7 +327,7 @@ def _train_preparation(loader: TrainLoader) -> _Prepare:
             mean_pixel=loader.mean_pixel,
             ignore_label=_IGNORE_LABEL if ignore is None else ignore,
         )
-        return lambda raw, rng: augment_segmentation(*_image_and_mask(raw), rng, how)
+        return lambda raw, rng: augment_segmentation(*pair(raw), rng, how)
     label = _label_decoder(loader.task, loader.num_classes)
     area, flip = data.area or _AREA, data.flip
 
@@ -320,7 +341,7 @@ def _train_preparation(loader: TrainLoader) -> _Prepare:
 def _eval_preparation(loader: EvalLoader) -> Callable[[RawSample], tuple[Pixels, _Label]]:
     """What turns a raw sample into the image and label to evaluate."""
     if loader.task == "segmentation":
-        return _image_and_mask
+        return _pair_decoder(loader)
     crop = loader.data.crop or loader.crop
     if crop is None:
         raise ValueError(f"{loader.task}: set crop in the evaluation data, e.g. 224")
@@ -335,14 +356,27 @@ def _decoder(raw: RawSample) -> Callable[[int, int], Pixels]:
     )
 
 
-def _image_and_mask(raw: RawSample) -> tuple[Pixels, Pixels]:
-    image, mask = decode_image(raw.image, raw.key), decode_mask(raw.label, raw.key)
-    if image.shape[:2] != mask.shape:
-        raise DataError(
-            f"{raw.key}: the image has {image.shape[:2]} pixels, its mask {mask.shape}; "
-            "correct the pair and prepare the data set again"
-        )
-    return image, mask
+def _pair_decoder(
+    loader: TrainLoader | EvalLoader,
+) -> Callable[[RawSample], tuple[Pixels, Pixels]]:
+    num_classes, ignore_label = loader.num_classes, loader.dataset.manifest.ignore_label
+
+    def pair(raw: RawSample) -> tuple[Pixels, Pixels]:
+        image, mask = decode_image(raw.image, raw.key), decode_mask(raw.label, raw.key)
+        if image.shape[:2] != mask.shape:
+            raise DataError(
+                f"{raw.key}: the image has {image.shape[:2]} pixels, its mask {mask.shape}; "
+                "correct the pair and prepare the data set again"
+            )
+        unknown = (mask >= num_classes) & (mask != ignore_label)
+        if unknown.any():
+            raise DataError(
+                f"{raw.key}: the mask has ids {np.unique(mask[unknown])[:9].tolist()} in a data "
+                f"set of {num_classes} classes; correct it and prepare the data set again"
+            )
+        return image, mask
+
+    return pair
 
 
 def _label_decoder(task: str, num_classes: int) -> Callable[[RawSample], _Label]:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from data_pipeline.config import DataConfig
+from data_pipeline.storage import is_local, open_storage
 from model.config import ModelConfig, OutputStride, Task
 from orchestrator.duration import Duration
 
@@ -15,8 +16,8 @@ Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
 
 
-def _expand(text: str) -> str:
-    """Replace ${NAME} and ${NAME:-default}, then ~; only paths may name variables."""
+def _substitute(text: str) -> str:
+    """Replace ${NAME} and ${NAME:-default}; only places may name variables."""
 
     def value(match: re.Match[str]) -> str:
         name, default = match.groups()
@@ -25,13 +26,26 @@ def _expand(text: str) -> str:
             raise ValueError(f"the environment variable {name} is not set; export {name}=/a/path")
         return found
 
-    expanded = _VARIABLE.sub(value, text)
+    return _VARIABLE.sub(value, text)
+
+
+def _expand_path(text: str) -> str:
+    expanded = _substitute(text)
     if "://" in expanded:
         raise ValueError("only local (or shared, mounted) directories are supported so far")
     return str(Path(expanded).expanduser().absolute())
 
 
-LocalPath = Annotated[str, AfterValidator(_expand)]
+def _expand_place(text: str) -> str:
+    expanded = _substitute(text)
+    if is_local(expanded):
+        return _expand_path(expanded)
+    open_storage(expanded)  # says what is wrong with it
+    return expanded
+
+
+LocalPath = Annotated[str, AfterValidator(_expand_path)]
+LocalOrBucket = Annotated[str, AfterValidator(_expand_place)]
 
 
 class _Section(BaseModel):
@@ -156,14 +170,15 @@ class _Places(_Section):
         validate_default=True,
         description="directory of runs, checkpoints and the embedded MLflow; shared by all nodes",
     )
-    data_root: LocalPath | None = Field(
-        default=None, description="directory of prepared data sets; None: <storage>/data"
+    data_root: LocalOrBucket | None = Field(
+        default=None,
+        description="directory or s3://bucket/prefix of prepared data sets; None: <storage>/data",
     )
 
     @property
-    def data_directory(self) -> Path:
-        """Where prepared data sets lie."""
-        return Path(self.data_root) if self.data_root else Path(self.storage) / "data"
+    def data_directory(self) -> str:
+        """Where prepared data sets lie: a path, or s3://bucket/prefix."""
+        return self.data_root or str(Path(self.storage) / "data")
 
 
 class StageSettings(_Section):
@@ -246,8 +261,10 @@ class StageJob(_Places, StageSettings):
 class Prepared(_Section):
     """A data set that a pipeline prepares before its first stage, once."""
 
-    format: Literal["imagenet", "multilabel", "coco", "voc", "cityscapes"]
-    source: LocalPath | None = Field(default=None, description="directory in the original layout")
+    format: Literal["imagenet", "multilabel", "coco", "voc", "cityscapes", "folder"]
+    source: LocalPath | None = Field(
+        default=None, description="directory in the original layout, unpacked or in its archives"
+    )
     synthesize: dict[str, Any] | None = Field(
         default=None, description="draw the source instead: options of `atrous data synthesize`"
     )

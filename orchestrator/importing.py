@@ -84,7 +84,7 @@ def _digest(path: Path) -> str:
     return digest([sha256(part) for part in sorted(path.parent.glob(f"{path.name}.*"))])
 
 
-def _class_names(stage: StageSettings, data: Path, num_classes: int) -> tuple[str, ...]:
+def _class_names(stage: StageSettings, data: str, num_classes: int) -> tuple[str, ...]:
     from data_pipeline.dataset import open_dataset
 
     try:

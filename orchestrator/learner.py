@@ -6,6 +6,7 @@ import torch
 
 from data_pipeline.loader import Batch, TrainLoader
 from model.build import freeze_batch_norm
+from orchestrator.bad_samples import BadSampleMeter
 from orchestrator.config import StageSettings
 from orchestrator.loop import Metrics
 from orchestrator.place import Place
@@ -22,6 +23,7 @@ class Learner:
         place: Place,
         loss: Loss,
         loader: TrainLoader,
+        bad_samples: BadSampleMeter,
     ) -> None:
         self._network = network
         self._distributed = place.distribute(network)
@@ -30,6 +32,7 @@ class Learner:
         self._place = place
         self._loss = loss
         self._loader = loader
+        self._bad_samples = bad_samples
         self._clear()
 
     def _clear(self) -> None:
@@ -46,6 +49,7 @@ class Learner:
         """
         if self._began is None:  # the wait for this batch came before
             self._began = time.perf_counter() + self._waited - self._loader.wait_seconds
+        self._bad_samples.add(step, batch.bad)
         place = self._place
         self._network.train()
         if self._frozen:
@@ -63,7 +67,10 @@ class Learner:
 
     def read_meters(self) -> Metrics:
         """Mean loss over the samples since the last reading; speed of training without evaluation;
-        share of that time spent waiting for data.
+        share of that time spent waiting for data; bad samples so far where they are skipped.
+
+        Raises:
+            DataError: on every worker, too many bad samples.
         """
         total, count = self._place.sum(self._sums.clone()).tolist()
         waited = self._loader.wait_seconds - self._waited
@@ -74,4 +81,4 @@ class Learner:
             "train/data_wait_share": waited / seconds,
         }
         self._clear()
-        return metrics
+        return metrics | self._bad_samples.read()

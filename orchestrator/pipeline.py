@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import DataError
+from data_pipeline.storage import is_local, join
 from orchestrator import cluster
 from orchestrator.cluster import Resources
 from orchestrator.config import Job, PipelineJob, Prepared, StageJob, StageSettings
@@ -69,14 +70,20 @@ def prepare_datasets(job: PipelineJob, display: Display) -> None:
         with display.preparing(name) as progress:
             manifests = prepare(
                 wanted.format,
-                _source(wanted, job.data_directory / "raw" / name),
-                job.data_directory / name,
+                _source(wanted, _raw_directory(job) / name),
+                join(job.data_directory, name),
                 Settings(limit=wanted.limit, on_broken=wanted.on_broken),
                 splits=wanted.splits,
                 progress=progress,
             )
         if wanted.source is not None:  # drawn data sets never have the official counts
             display.prepared(manifests.values())
+
+
+def _raw_directory(job: PipelineJob) -> Path:
+    """Where drawn sources lie: beside the prepared data sets, if those lie on a disk."""
+    local = is_local(job.data_directory)
+    return (Path(job.data_directory) if local else Path(job.storage)) / "raw"
 
 
 def _source(wanted: Prepared, raw: Path) -> Path:

@@ -28,7 +28,7 @@ def data_record(split: Dataset) -> dict[str, Any]:
         "split": manifest.split,
         "digest": manifest.digest,
         "num_samples": manifest.num_samples,
-        "manifest": str(manifest.path),
+        "manifest": manifest.place,
         "source": manifest.source.get("path"),
         "format": manifest.source.get("format"),
         "skipped": manifest.source.get("skipped", 0),

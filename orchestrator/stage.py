@@ -28,7 +28,13 @@ _NOT_IN_FINGERPRINT: dict[str, Any] = {
     "cluster": True,
     "checkpoint": True,
     "log_every": True,
-    "data": {"threads": True, "prefetch": True},
+    "data": {
+        "threads": True,
+        "prefetch": True,
+        "cache": True,
+        "on_bad_sample": True,
+        "max_bad_share": True,
+    },
 }
 
 
@@ -37,7 +43,7 @@ class PlannedStage:
     """A stage whose data and starting point are resolved and checked."""
 
     stage: StageSettings
-    data_directory: Path
+    data_directory: str
     train: Dataset
     val: Dataset
     start: Start | None
@@ -66,7 +72,7 @@ class StageResult:
 def plan_stage(
     stage: StageSettings,
     storage: Path,
-    data_directory: Path,
+    data_directory: str,
     results: Mapping[str, Checkpoint] = MappingProxyType({}),
 ) -> PlannedStage:
     """Resolve a stage's data and starting point, check that they fit, and name its run.
@@ -113,6 +119,11 @@ def _check_data(stage: StageSettings, train: Dataset, val: Dataset) -> None:
             raise RunError(
                 f"{stage.name}: task: {stage.task!r}, but {manifest.dataset}/{manifest.split} "
                 f"is a data set of {manifest.task}"
+            )
+        if not manifest.has_labels:
+            raise RunError(
+                f"{stage.name}: data: {manifest.dataset}/{manifest.split} has no labels to train "
+                "on or to compare with; name another split"
             )
     if train.num_samples < stage.global_batch:
         raise RunError(
@@ -194,6 +205,8 @@ def finished_result(planned: PlannedStage) -> StageResult | None:
     checkpoint = newest_checkpoint(planned.run.checkpoints)
     if checkpoint is None or checkpoint.step != planned.steps:
         return None
+    if checkpoint.state.get("bad_samples") and planned.stage.data.on_bad_sample == "fail":
+        return None  # whoever goes on from it says why it cannot
     return _result(planned, checkpoint, reused=True)
 
 
@@ -242,7 +255,7 @@ def train_stage(planned: PlannedStage) -> StageResult:
     assignment = Assignment(
         stage=stage.model_dump(mode="json"),
         run=str(run.path),
-        data_directory=str(planned.data_directory),
+        data_directory=planned.data_directory,
         fingerprint=planned.fingerprint,
         start=planned.start.as_json() if planned.start else None,
     )

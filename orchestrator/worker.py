@@ -16,6 +16,7 @@ from data_pipeline.loader import TrainLoader
 from data_pipeline.plan import slots_of_rank
 from model.build import Network, build_network, decay_groups
 from model.sync_batch_norm import synchronize_batch_norm
+from orchestrator.bad_samples import BadSampleMeter
 from orchestrator.checkpoint import newest_checkpoint, prune_checkpoints, save_checkpoint
 from orchestrator.config import StageSettings
 from orchestrator.duration import to_steps
@@ -56,6 +57,7 @@ class Work:
     val_set: Dataset
     network: Network
     optimizer: torch.optim.Optimizer
+    bad_samples: BadSampleMeter
 
     @property
     def steps_per_epoch(self) -> int:
@@ -86,12 +88,13 @@ def train_worker(config: dict[str, Any]) -> None:
         stop_step=steps,
         threads=stage.data.threads,
         prefetch=stage.data.prefetch,
+        on_bad_sample=stage.data.on_bad_sample,
         mean_pixel=work.network.mean_pixel,
     )
     schedule = make_schedule(stage.schedule, stage.optimizer.lr, steps, work.steps_per_epoch)
     with loader:
         loss = make_loss(stage, work.train_set.manifest, work.steps_per_epoch, place.device)
-        learner = Learner(work.network, stage, place, loss, loader)
+        learner = Learner(work.network, stage, place, loss, loader, work.bad_samples)
         train(
             Training(
                 start=start,
@@ -115,8 +118,8 @@ def train_worker(config: dict[str, Any]) -> None:
 def _build(assignment: Assignment) -> Work:
     stage = StageSettings.model_validate(assignment.stage)
     place = find_place(stage.cluster.gpus_per_worker, stage.precision)
-    data = Path(assignment.data_directory)
-    train_set = open_dataset(data, stage.data.train.dataset, stage.data.train.split)
+    data, cache = assignment.data_directory, stage.data.cache
+    train_set = open_dataset(data, stage.data.train.dataset, stage.data.train.split, cache)
     torch.manual_seed(stage.seed)
     network = build_network(stage.model, stage.task, len(train_set.manifest.class_names))
     if stage.model.batch_norm.sync:
@@ -124,15 +127,17 @@ def _build(assignment: Assignment) -> Work:
     # The layout of the loader's batches; quicker on the CPU too (docs/log.md).
     network.to(device=place.device).to(memory_format=torch.channels_last)
     groups = decay_groups(network, stage.optimizer.weight_decay)
+    steps_per_epoch = train_set.num_samples // stage.global_batch
     return Work(
         assignment=assignment,
         stage=stage,
         run=Run(Path(assignment.run)),
         place=place,
         train_set=train_set,
-        val_set=open_dataset(data, stage.data.val.dataset, stage.data.val.split),
+        val_set=open_dataset(data, stage.data.val.dataset, stage.data.val.split, cache),
         network=network,
         optimizer=make_optimizer(stage.optimizer, groups),
+        bad_samples=BadSampleMeter(stage.data, train_set, steps_per_epoch, place),
     )
 
 
@@ -142,6 +147,7 @@ def _restore(work: Work) -> int:
     if own is not None:
         work.network.load_state_dict(own.weights())
         work.optimizer.load_state_dict(own.optimizer())
+        work.bad_samples.go_on_from(own.state.get("bad_samples", 0))
         log.info("goes on from %s", own.path)
         return own.step
     start = work.assignment.start
@@ -185,6 +191,7 @@ def _state(work: Work, step: int, steps: int, metrics: Metrics) -> dict[str, Any
         "seed": stage.seed,
         "world": work.place.world,
         "metrics": metrics,
+        "bad_samples": work.bad_samples.total,
         "model": stage.model.model_dump(mode="json"),
         "class_names": work.train_set.manifest.class_names,
         "data": {"train": data_record(work.train_set), "val": data_record(work.val_set)},

@@ -57,6 +57,8 @@ def test_stage_and_pipeline_are_read(tmp_path: Path) -> None:
         ({"cluster": {"workers": 99}}, "global_batch: 8 is smaller than cluster.workers: 99"),
         ({"storage": "${NOT_SET}"}, "the environment variable NOT_SET is not set; export"),
         ({"storage": "s3://bucket/x"}, "storage: 's3://bucket/x': only local"),
+        ({"data_root": "gs://bucket/x"}, "data sets lie in local directories or under s3://"),
+        ({"data_root": "s3://B"}, "not the name of a bucket"),
         ({"kind": "stge"}, "kind: 'stge' is not one of stage, pipeline"),
     ],
 )
