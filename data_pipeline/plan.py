@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 _Word = TypeVar("_Word", int, NDArray[Any])  # an array of uint64
 
 _MASK = (1 << 64) - 1
+_CHUNK = 1 << 16  # words hashed at once: half a megabyte stays in the processor's cache
 _BLOCK_ORDER, _ROW_ORDER, _SAMPLE = 1, 2, 3  # what a hash is for: keeps the three uses independent
 
 
@@ -28,10 +29,24 @@ class SampleIndex(NamedTuple):
 
 @dataclass(frozen=True)
 class _EpochOrder:
-    """The permuted blocks of one epoch, and where each one ends in the sequence of samples."""
+    """The blocks of one epoch: ascending by the hash of their number.
 
-    blocks: NDArray[np.int64]
-    ends: NDArray[np.int64]
+    `_mix` is a bijection, so the sorted hashes tell the numbers. Blocks are whole but for the last
+    ones of shards: the order is made of runs of whole blocks, each but the last followed by a short
+    one, and a run is where the next one begins.
+    """
+
+    hashes: NDArray[np.uint64]
+    key: np.uint64
+    starts: NDArray[np.int64]  # of each run: samples before it
+    places: NDArray[np.int64]  # of each run: blocks before it
+
+    def find(self, positions: NDArray[Any], block_size: int) -> tuple[NDArray[Any], NDArray[Any]]:
+        """The blocks that hold `positions` of the sequence of samples, and where in them."""
+        runs = np.searchsorted(self.starts, positions, side="right") - 1
+        blocks, offsets = np.divmod(positions - self.starts[runs], block_size)
+        words = _unmix(self.hashes[self.places[runs] + blocks]) ^ self.key
+        return words.astype(np.int64), offsets
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,10 +103,8 @@ class Plan:
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
         order = self._order_of_epoch(epoch)
         positions = np.array(slots, np.int64) * self.steps_per_epoch + step_in_epoch
-        places = np.searchsorted(order.ends, positions, side="right")
-        blocks = order.blocks[places]
+        blocks, offsets = order.find(positions, self.block_size)
         lengths = self._lengths(blocks)
-        offsets = positions - order.ends[places] + lengths
         if self.block_size > 1:
             for i in range(len(slots)):
                 offsets[i] = self._row_order(epoch, int(blocks[i]), int(lengths[i]))[offsets[i]]
@@ -123,9 +136,20 @@ class Plan:
         return lru_cache(maxsize=1)(self._permute_blocks)
 
     def _permute_blocks(self, epoch: int) -> _EpochOrder:
-        num_blocks = int(self._first_blocks[-1])
-        blocks = _permutation(num_blocks, hash_words(_BLOCK_ORDER, self.seed, epoch))
-        return _EpochOrder(blocks=blocks, ends=np.cumsum(self._lengths(blocks)))
+        key = np.uint64(hash_words(_BLOCK_ORDER, self.seed, epoch))
+        hashes = _sorted_hashes(int(self._first_blocks[-1]), key)
+        last = self._first_blocks[1:][self._samples > 0] - 1  # block of each shard
+        lengths = self._lengths(last)
+        short, lengths = last[lengths < self.block_size], lengths[lengths < self.block_size]
+        places = np.searchsorted(hashes, _mix(short.astype(np.uint64) ^ key))
+        order = np.argsort(places)
+        ends = (places[order] + 1) * self.block_size - np.cumsum(self.block_size - lengths[order])
+        return _EpochOrder(
+            hashes=hashes,
+            key=key,
+            starts=np.concatenate(([0], ends)),
+            places=np.concatenate(([0], places[order] + 1)),
+        )
 
     def _row_order(self, epoch: int, block: int, length: int) -> NDArray[np.int64]:
         return _permutation(length, hash_words(_ROW_ORDER, self.seed, epoch, block))
@@ -178,9 +202,29 @@ def _permutation(length: int, key: int) -> NDArray[np.int64]:
     return np.argsort(_mix(counters ^ np.uint64(key)), kind="stable")
 
 
+def _sorted_hashes(length: int, key: np.uint64) -> NDArray[np.uint64]:
+    """The hashes of range(length) in the order of `_permutation`, sorted in place."""
+    hashes = np.empty(length, np.uint64)
+    for start in range(0, length, _CHUNK):
+        stop = min(start + _CHUNK, length)
+        hashes[start:stop] = _mix(np.arange(start, stop, dtype=np.uint64) ^ key)
+    hashes.sort()
+    return hashes
+
+
 def _mix(word: _Word) -> _Word:
     """One step of splitmix64 (Steele, Lea, Flood 2014): a bijection that scatters 64-bit words."""
     word = (word + 0x9E3779B97F4A7C15) & _MASK
     word = ((word ^ (word >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     word = ((word ^ (word >> 27)) * 0x94D049BB133111EB) & _MASK
     return word ^ (word >> 31)
+
+
+def _unmix(words: NDArray[Any]) -> NDArray[Any]:
+    """What `_mix` was given."""
+    words = words ^ (words >> 31) ^ (words >> 62)
+    words = words * np.uint64(pow(0x94D049BB133111EB, -1, 1 << 64))
+    words = words ^ (words >> 27) ^ (words >> 54)
+    words = words * np.uint64(pow(0xBF58476D1CE4E5B9, -1, 1 << 64))
+    words = words ^ (words >> 30) ^ (words >> 60)
+    return words - np.uint64(0x9E3779B97F4A7C15)

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Annotated
 
 import typer
@@ -69,9 +69,13 @@ def synthesize(
 
 @data.command()
 def prepare(
-    layout: Annotated[str, typer.Argument(help="imagenet, multilabel, coco, voc or cityscapes.")],
-    source: Path,
-    destination: Path,
+    layout: Annotated[
+        str, typer.Argument(help="imagenet, multilabel, coco, voc, cityscapes or folder.")
+    ],
+    source: Annotated[
+        Path, typer.Argument(help="Its folder, unpacked or with the archives as published.")
+    ],
+    destination: Annotated[str, typer.Argument(help="A directory, or s3://bucket/prefix.")],
     split: Splits = None,
     skip_broken: Annotated[
         bool, typer.Option("--skip-broken", help="Leave broken inputs out and count them.")
@@ -88,7 +92,7 @@ def prepare(
 
     console = Console()
     with Display(console) as display:
-        with display.preparing(destination.name) as progress:
+        with display.preparing(PurePath(destination).name) as progress:
             manifests = write(
                 layout,
                 source,
@@ -101,6 +105,57 @@ def prepare(
         display.prepared(manifests.values())
         for name, manifest in manifests.items():
             display.say(f"{name}: {manifest.num_samples} samples, manifest {manifest.digest}")
+
+
+@data.command()
+def inspect(
+    place: Annotated[str, typer.Argument(help="A prepared data set or split, local or s3://.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Write contact sheets and index.html to this directory.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="At most so many samples of a split, drawn.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Count classes, sizes, ids and duplicates, and warn about what ruins training."""
+    import json
+
+    from rich.console import Console
+
+    from orchestrator.inspection import inspect as look
+    from orchestrator.inspection import show
+
+    console = Console(width=None if sys.stdout.isatty() else 160, stderr=as_json)
+    found = look(place, out, limit, console)
+    if as_json:
+        splits = [split.as_dict() for split in found.splits]
+        typer.echo(json.dumps({"splits": splits, "warnings": found.warnings}))
+    else:
+        show(found, console)
+
+
+@data.command()
+def verify(
+    place: Annotated[str, typer.Argument(help="A prepared data set or split, local or s3://.")],
+    threads: Annotated[int, typer.Option(min=1, help="Shards read at the same time.")] = 4,
+) -> None:
+    """Compare every shard and sample with the manifest's digests; exit status 1 for a damage."""
+    from rich.console import Console
+
+    from orchestrator.inspection import describe_damage, verify_all
+
+    results = verify_all(place, threads, Console(stderr=True))
+    for line in describe_damage(results):
+        typer.echo(line)
+    for split, reports in results.items():
+        damaged = sum(not report.intact for report in reports)
+        samples = sum(report.num_samples for report in reports)
+        verdict = f"{damaged} damaged" if damaged else "all intact"
+        typer.echo(f"{split}: {len(reports)} shards, {samples} samples: {verdict}")
+    if not all(report.intact for reports in results.values() for report in reports):
+        typer.echo("copy the damaged shards again, or prepare the data set again", err=True)
+        raise typer.Exit(1)
 
 
 @app.command()
