@@ -9,6 +9,7 @@ import torch
 os.environ["RAY_AUTH_MODE"] = "disabled"  # else Ray leaves a token in the home directory
 os.environ.pop("RAY_ADDRESS", None)
 os.environ.pop("MLFLOW_TRACKING_URI", None)
+torch.set_num_threads(1)  # before any fixture of a module: sums of other threads differ
 
 TINY_COUNTS = {
     "imagenet/train": 48,
