@@ -1,11 +1,34 @@
 """What a job file says about the network. Light on purpose: nothing here imports torch."""
 
+import difflib
+import re
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 Task = Literal["classification", "multilabel", "segmentation"]
 OutputStride = Literal[8, 16, 32]
+
+
+BACKBONES = (
+    *("xception41", "xception65", "xception71"),
+    *("resnet_v1_50", "resnet_v1_50_beta", "resnet_v1_101", "resnet_v1_101_beta"),
+)
+_JOINS = (("conv2",), ("conv3", "conv2"))
+
+
+def _known(backbone: str) -> str:
+    if backbone not in BACKBONES and not re.fullmatch(r"timm:[A-Za-z0-9_.]+", backbone):
+        near = difflib.get_close_matches(backbone, BACKBONES, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(f"{hint}choose {', '.join(BACKBONES)} or timm:NAME")
+    return backbone
+
+
+def _joins(low_level: tuple[str, ...]) -> tuple[str, ...]:
+    if low_level not in _JOINS:
+        raise ValueError("choose [conv2] or [conv3, conv2]")
+    return low_level
 
 
 class DecoderConfig(BaseModel):
@@ -13,7 +36,7 @@ class DecoderConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    low_level: tuple[Literal["conv2"]] | tuple[Literal["conv3"], Literal["conv2"]] = Field(
+    low_level: Annotated[tuple[str, ...], AfterValidator(_joins)] = Field(
         default=("conv2",),
         description="features joined, each at its resolution before striding: [conv2] (stride 4), "
         "or [conv3, conv2] (strides 8, then 4: Table 2's last row)",
@@ -61,9 +84,8 @@ class ModelConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    backbone: str = Field(
+    backbone: Annotated[str, AfterValidator(_known)] = Field(
         default="xception65",
-        pattern=r"^(xception(41|65|71)|resnet_v1_(50|101)(_beta)?|timm:[A-Za-z0-9_.]+)$",
         description="xception41, xception65, xception71; resnet_v1_50 or resnet_v1_101 as the "
         "reference has them, with _beta for three 3x3 root convolutions; or timm:NAME",
     )

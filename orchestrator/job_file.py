@@ -161,8 +161,10 @@ def _dotted(raw: Any, location: tuple[Any, ...]) -> str:
     text, value = "", raw
     for part in location:
         text += f"[{part}]" if isinstance(part, int) else f"{'.' if text else ''}{part}"
-        if isinstance(value, list | dict):
-            value = value[part] if isinstance(value, list) else value.get(part)
+        if isinstance(value, list):
+            value = value[part] if part < len(value) else None  # an item that is missing
+        elif isinstance(value, dict):
+            value = value.get(part)
         if isinstance(part, int) and isinstance(value, dict) and "name" in value:
             text += f" ({value['name']})"
     return text

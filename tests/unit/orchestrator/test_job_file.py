@@ -47,7 +47,12 @@ def test_stage_and_pipeline_are_read(tmp_path: Path) -> None:
         ({"schedule": {"name": "cosine"}}, "schedule: input tag 'cosine'"),
         (
             {"model": {"backbone": "xception66"}},
-            "model.backbone: 'xception66': string should match",
+            "model.backbone: 'xception66': did you mean 'xception65'? choose xception41, ",
+        ),
+        ({"model": {"multi_grid": [1, 2]}}, "model.multi_grid[2]: is required"),
+        (
+            {"model": {"decoder": {"low_level": ["conv2", "conv3"]}}},
+            "model.decoder.low_level: choose [conv2] or [conv3, conv2]",
         ),
         ({"global_batch": None}, "global_batch: None: input should be a valid integer"),
         ({"evaluate": {"scales": [0.5]}}, "evaluate.scales is for segmentation"),
