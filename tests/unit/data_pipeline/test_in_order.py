@@ -13,7 +13,10 @@ from data_pipeline.in_order import InOrder
 @pytest.fixture(autouse=True)
 def no_thread_is_left() -> Iterator[None]:
     yield
-    assert not [t for t in threading.enumerate() if t.name.startswith("atrous-loader")]
+    threads = [t for t in threading.enumerate() if t.name.startswith("atrous-loader")]
+    for thread in threads:
+        thread.join(60)  # an interrupted consumer does not wait for its last call
+    assert not any(thread.is_alive() for thread in threads)
 
 
 def groups(*calls: Callable[[], Any]) -> Iterator[tuple[int, list[Callable[[], Any]]]]:
