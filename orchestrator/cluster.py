@@ -6,8 +6,8 @@ import shlex
 import sys
 from dataclasses import dataclass
 
-from orchestrator.config import Cluster
 from orchestrator.errors import RunError
+from orchestrator.sections import Cluster
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,14 +5,26 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from data_pipeline.config import DataConfig
 from data_pipeline.storage import is_local, open_storage
-from model.config import ModelConfig, OutputStride, Task
+from model.config import ModelConfig, Task
 from orchestrator.duration import Duration
+from orchestrator.sections import (
+    Checkpoints,
+    Cluster,
+    Ema,
+    Evaluate,
+    Loss,
+    Optimizer,
+    Schedule,
+    Section,
+    StartFrom,
+)
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
+Precision = Literal["auto", "float32", "tf32", "bfloat16", "float16"]
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
 
 
@@ -48,123 +60,7 @@ LocalPath = Annotated[str, AfterValidator(_expand_path)]
 LocalOrBucket = Annotated[str, AfterValidator(_expand_place)]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class StartFrom(_Section):
-    """Where a stage's weights come from, and how much of them is taken."""
-
-    checkpoint: str = Field(
-        description="name of an earlier stage; path (with a /) of a checkpoint; a file of weights, "
-        ".safetensors or .pth; timm:NAME, weights of timm; tf:PATH, a TensorFlow DeepLab checkpoint"
-    )
-    take: Literal["backbone", "network"] | None = Field(
-        default=None,
-        description="None: the network when the earlier task is the same, else the backbone",
-    )
-
-
-class Sgd(_Section):
-    """Stochastic gradient descent with momentum (PyTorch's, which equals TensorFlow's here)."""
-
-    name: Literal["sgd"] = "sgd"
-    lr: Annotated[float, Field(gt=0)]
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    nesterov: bool = False
-    weight_decay: Annotated[float, Field(ge=0)] = 4e-5
-
-
-class Poly(_Section):
-    """lr * (1 - step / steps) ** power, after an optional linear warm-up."""
-
-    name: Literal["poly"]
-    power: Annotated[float, Field(gt=0)] = 0.9
-    warmup: Duration | None = None
-
-
-class StepExponential(_Section):
-    """lr * decay ** floor(step / every), after an optional linear warm-up."""
-
-    name: Literal["step_exponential"]
-    decay: Annotated[float, Field(gt=0, lt=1)] = 0.94
-    every: Duration = "2 epochs"
-    warmup: Duration | None = None
-
-
-class HardPixels(_Section):
-    """Only the pixels of largest loss in a worker's batch count, as in the reference."""
-
-    fraction: Annotated[float, Field(gt=0, le=1)]
-    anneal: Duration | None = Field(
-        default=None, description="time over which the share falls from all pixels to fraction"
-    )
-
-
-class Loss(_Section):
-    """The loss of a task: softmax cross-entropy, or for multilabel a sigmoid one of each class."""
-
-    class_weights: dict[str, Annotated[float, Field(ge=0)]] = Field(
-        default={}, description="factor on the loss where the label is this class; others: 1"
-    )
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    hard_pixels: HardPixels | None = Field(
-        default=None, description="segmentation: hard pixel mining; null: all pixels count"
-    )
-
-
-class Evaluate(_Section):
-    """When and how the validation split is evaluated; the last step always is."""
-
-    every: Duration = "1 epochs"
-    output_stride: OutputStride | None = Field(default=None, description="None: the model's")
-    scales: Annotated[tuple[Annotated[float, Field(gt=0, le=4)], ...], Field(min_length=1)] = Field(
-        default=(1.0,),
-        description="segmentation: class probabilities are averaged over the image at these scales",
-    )
-    flip: bool = Field(
-        default=False, description="segmentation: and over the image and its mirror image"
-    )
-    batch: Annotated[int, Field(ge=1)] = 8
-
-
-class Checkpoints(_Section):
-    """When checkpoints are written (the last step always) and how many of the newest stay."""
-
-    every: Duration = "1 epochs"
-    keep: Annotated[int, Field(ge=1)] = 2
-
-
-class Cluster(_Section):
-    """What a stage asks of Ray."""
-
-    workers: Annotated[int, Field(ge=0)] | tuple[Annotated[int, Field(ge=1)], int] = Field(
-        default=1, description="a number, [min, max] (elastic), or 0: in this process, without Ray"
-    )
-    gpus_per_worker: Annotated[float, Field(ge=0)] = 0
-    cpus_per_worker: Annotated[int, Field(ge=1)] = 1
-    max_failures: Annotated[int, Field(ge=0)] = Field(
-        default=3, description="restarts after a lost worker before the stage fails"
-    )
-
-    @property
-    def min_workers(self) -> int:
-        """The smallest number of workers the stage runs on."""
-        return self.workers if isinstance(self.workers, int) else self.workers[0]
-
-    @property
-    def max_workers(self) -> int:
-        """The largest number of workers the stage runs on."""
-        return self.workers if isinstance(self.workers, int) else self.workers[1]
-
-    @model_validator(mode="after")
-    def _ordered(self) -> "Cluster":
-        if self.min_workers > self.max_workers:
-            raise ValueError(f"workers: {list(self.workers)} is not [min, max]")  # type: ignore[arg-type]
-        return self
-
-
-class _Places(_Section):
+class _Places(Section):
     storage: LocalPath = Field(
         default="${ATROUS_STORAGE:-~/atrous}",
         validate_default=True,
@@ -181,7 +77,7 @@ class _Places(_Section):
         return self.data_root or str(Path(self.storage) / "data")
 
 
-class StageSettings(_Section):
+class StageSettings(Section):
     """One training run of one task on one data set from one starting point."""
 
     name: Name
@@ -191,14 +87,23 @@ class StageSettings(_Section):
     model: ModelConfig = ModelConfig()
     loss: Loss = Loss()
     data: DataConfig
-    optimizer: Sgd
-    schedule: Annotated[Poly | StepExponential, Field(discriminator="name")]
+    optimizer: Optimizer
+    schedule: Schedule
+    ema: Ema | None = None
     global_batch: Annotated[int, Field(ge=1)]
+    micro_batch: Annotated[int, Field(ge=1)] | Literal["auto"] | None = Field(
+        default=None,
+        description="most samples that go through the network at once on a worker, whose gradients "
+        "are accumulated to the global batch; null: its whole part; auto: what fits in memory",
+    )
     steps: Annotated[int, Field(ge=1)] | None = None
     epochs: Annotated[float, Field(gt=0)] | None = None
-    precision: Literal["auto", "float32", "bfloat16"] = Field(
-        default="auto", description="auto: bfloat16 autocast on a GPU that has it, else float32"
+    precision: Precision = Field(
+        default="auto",
+        description="auto: bfloat16 autocast on a GPU that has it, else float32; tf32: float32 "
+        "with products in TensorFloat-32; float16: autocast with a loss scale",
     )
+    compile: bool = Field(default=False, description="torch.compile the network's blocks")
     evaluate: Evaluate = Evaluate()
     checkpoint: Checkpoints = Checkpoints()
     log_every: Duration = 20
@@ -206,9 +111,13 @@ class StageSettings(_Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _short_start(cls, values: Any) -> Any:
-        if isinstance(values, dict) and isinstance(values.get("start_from"), str):
-            return values | {"start_from": {"checkpoint": values["start_from"]}}
+    def _shorthands(cls, values: Any) -> Any:
+        if isinstance(values, dict):
+            values = dict(values)
+            if isinstance(values.get("start_from"), str):
+                values["start_from"] = {"checkpoint": values["start_from"]}
+            if isinstance(values.get("optimizer"), dict):
+                values["optimizer"] = {"name": "sgd"} | values["optimizer"]
         return values
 
     @model_validator(mode="after")
@@ -258,7 +167,7 @@ class StageJob(_Places, StageSettings):
         return StageSettings(**{name: getattr(self, name) for name in StageSettings.model_fields})
 
 
-class Prepared(_Section):
+class Prepared(Section):
     """A data set that a pipeline prepares before its first stage, once."""
 
     format: Literal["imagenet", "multilabel", "coco", "voc", "cityscapes", "folder"]
@@ -286,7 +195,7 @@ class PipelineJob(_Places):
 
     kind: Literal["pipeline"]
     name: Name
-    datasets: dict[Name, Prepared] = {}
+    datasets: dict[Name, Prepared] = Field(default={})
     stages: tuple[StageSettings, ...]
 
     @model_validator(mode="after")

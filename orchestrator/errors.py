@@ -5,6 +5,7 @@ AtrousError
 ├── CheckpointError    a checkpoint is missing, damaged, or does not fit
 ├── RunError           a run cannot start: owned by someone, impossible on this cluster
 ├── StageFailed        training ended with an error
+├── NonFiniteError     a loss or gradient is not finite
 └── ExportError        a network cannot be exported, or what was written is not the same
 """
 
@@ -27,6 +28,14 @@ class RunError(AtrousError):
 
 class StageFailed(AtrousError):
     """Training of a stage ended with an error."""
+
+
+class NonFiniteError(AtrousError):
+    """The loss or the gradient of a step is not finite."""
+
+    def __init__(self, step: int, what: str) -> None:
+        super().__init__(f"the {what} of step {step} is not finite")
+        self.step = step
 
 
 class ExportError(AtrousError):

@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from orchestrator.config import Poly, Sgd, StepExponential
 from orchestrator.duration import to_steps
+from orchestrator.sections import Poly, Sgd, StepExponential
 
 if TYPE_CHECKING:
     import torch

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from orchestrator.checkpoint import WEIGHTS, Checkpoint, newest_checkpoint, read_checkpoint
-from orchestrator.config import StageSettings, StartFrom
+from orchestrator.config import StageSettings
 from orchestrator.errors import CheckpointError
 from orchestrator.files import sha256
 from orchestrator.foreign import fetch_weights, is_foreign
 from orchestrator.runs import all_runs
+from orchestrator.sections import StartFrom
 
 if TYPE_CHECKING:
     import torch

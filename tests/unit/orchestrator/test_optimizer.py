@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from orchestrator.config import Poly, Sgd, StepExponential
+from orchestrator.sections import Poly, Sgd, StepExponential
 from orchestrator.optimizer import make_optimizer, make_schedule
 
 
