@@ -1,24 +1,29 @@
 """Forward and forward + backward of DeepLabv3+ on Xception-65 at output stride 16 against peers.
 
-All see the same float images and train on the same labels, in turns within one process, in the
-same precision (float32 on the CPU, bfloat16 autocast on a GPU), eager and compiled, in both memory
-layouts. ours: batch norm folded for inference. peers: timm's xception65 under the same head of
-plain nn.Conv2d, segmentation_models.pytorch's DeepLabV3Plus on the same backbone, torchvision's
-DeepLabv3 on ResNet-50 and -101. floor: the images/s that our Multiply-Adds (three times as many in
-training) would reach at the speed of a matrix product as large as the 728 x 728 pointwise
-convolutions. Needs torch, pydantic and the peers there are. Unit: images per second.
+All see the same float images and train on the same labels, in turns, in the same precision (float32
+on the CPU, bfloat16 autocast on a GPU), eager and compiled, in both memory layouts. On the CPU each
+is a process of its own, as its user would have it: ours keeps freed memory as `atrous predict` and
+`atrous run` do (model/allocator.py); with --keep the peers' do so too.
+
+ours: batch norm folded for inference. peers: timm's xception65 under the same head of plain
+nn.Conv2d, segmentation_models.pytorch's DeepLabV3Plus on the same backbone, torchvision's DeepLabv3
+on ResNet-50 and -101. floor: the images/s that our Multiply-Adds (three times as many in training)
+would reach at the speed of a matrix product as large as the 728 x 728 pointwise convolutions. Needs
+torch, pydantic and the peers there are. Unit: images per second.
 """
 
 import argparse
 import gc
 import json
+import multiprocessing
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import product
+from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
@@ -26,6 +31,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from model.allocator import keep_freed_memory
 from model.blocks import AtrousConv2d
 from model.config import ModelConfig
 from model.deeplab import DeepLab
@@ -44,6 +50,7 @@ class Settings:
     size: int
     batch: int
     repeats: int
+    keep: bool  # freed memory, in peers' processes too
 
 
 @dataclass
@@ -190,35 +197,100 @@ def matrix_product_gmacs_per_second(settings: Settings) -> float:
     return 20 * rows * 728 * 728 / seconds / 1e9
 
 
-def measure(
-    contenders: dict[str, Callable[[], nn.Module]],
-    settings: Settings,
-    *,
-    mode: str,
-    layouts: list[str],
-    compiled: bool,
-) -> dict[tuple[str, str], Result]:
-    """Time every contender's step in every layout, all in turns, after two calls to warm up."""
-    steps, results = {}, {}
-    for layout, (name, build) in product(layouts, contenders.items()):
+@dataclass(frozen=True)
+class Contender:
+    """One network in one layout; `settings` as everybody's."""
+
+    name: str
+    layout: str
+    settings: Settings
+    mode: str
+    compiled: bool
+
+    def step(self) -> Callable[[], object]:
+        """Built and warm: one call of it is what is timed."""
+        build = ours if self.name == OURS else PEERS[self.name][1]
         torch.manual_seed(0)
-        network = build().to(settings.device).train(mode == "training")
-        if mode == "inference" and name == OURS:
+        network = build().to(self.settings.device).train(self.mode == "training")
+        if self.mode == "inference" and self.name == OURS:
             network = fold_batch_norm(network)
-        network = network.to(memory_format=LAYOUTS[layout])
-        step = make_step(network, settings, mode, layout)
-        if compiled:
+        network = network.to(memory_format=LAYOUTS[self.layout])
+        step = make_step(network, self.settings, self.mode, self.layout)
+        if self.compiled:
             network.compile()
         step()
         step()
-        mebibytes = peak_mebibytes(step, settings)
-        steps[layout, name] = step
-        results[layout, name] = Result([], [], count_gmacs(build, settings.size), mebibytes)
-    for _ in range(settings.repeats):
-        for key, step in steps.items():
-            seconds, cpu_seconds = timed(step, settings)
+        return step
+
+
+class InProcess:
+    """A contender beside the others in this process: they share a GPU's memory in turns."""
+
+    def __init__(self, contender: Contender) -> None:
+        self._settings = contender.settings
+        self._step = contender.step()
+        self.mebibytes = peak_mebibytes(self._step, contender.settings)
+
+    def time(self) -> tuple[float, float]:
+        """Seconds and processor seconds of a step."""
+        return timed(self._step, self._settings)
+
+    def close(self) -> None:
+        """Give the memory back."""
+        del self._step
+
+
+class OwnProcess:
+    """A contender in a process of its own, which sleeps while the others have their turn."""
+
+    def __init__(self, contender: Contender) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, end = context.Pipe()
+        arguments = (end, contender, torch.get_num_threads())
+        self._process = context.Process(target=_serve, args=arguments, daemon=True)
+        self._process.start()
+        end.close()
+        self.mebibytes: int = self._pipe.recv()
+
+    def time(self) -> tuple[float, float]:
+        """Seconds and processor seconds of a step."""
+        self._pipe.send(None)
+        return self._pipe.recv()
+
+    def close(self) -> None:
+        """End the process."""
+        self._pipe.close()
+        self._process.join()
+
+
+def _serve(pipe: Connection, contender: Contender, threads: int) -> None:
+    if contender.settings.keep or contender.name == OURS:
+        keep_freed_memory()
+    torch.set_num_threads(threads)
+    step = contender.step()
+    pipe.send(peak_mebibytes(step, contender.settings))
+    with suppress(EOFError):
+        while True:
+            pipe.recv()
+            pipe.send(timed(step, contender.settings))
+
+
+def measure(contenders: list[Contender]) -> dict[tuple[str, str], Result]:
+    """Time every contender's step, all in turns."""
+    running, results = {}, {}
+    for one in contenders:
+        key = one.layout, one.name
+        running[key] = (OwnProcess if one.settings.device.type == "cpu" else InProcess)(one)
+        build = ours if one.name == OURS else PEERS[one.name][1]
+        gmacs = count_gmacs(build, one.settings.size)
+        results[key] = Result([], [], gmacs, running[key].mebibytes)
+    for _ in range(contenders[0].settings.repeats):
+        for key, stepper in running.items():
+            seconds, cpu_seconds = stepper.time()
             results[key].seconds.append(seconds)
             results[key].cpu_seconds.append(cpu_seconds)
+    for stepper in running.values():
+        stepper.close()
     return results
 
 
@@ -240,6 +312,7 @@ def row(case: str, mine: Result, peer: Result, name: str, settings: Settings) ->
         "ratio_to_floor": round(speed[0] / floor, 3),
         "unit": "images/s",
         "spread": [round(min(ratios), 3), round(max(ratios), 3)],
+        "ratio_at_equal_gmacs": round(speed[0] / speed[1] * mine.gmacs / peer.gmacs, 3),
         "ratio_of_fastest": round(min(peer.seconds) / min(mine.seconds), 3),
         "ratio_of_least_cpu_time": round(cpu, 3),
         "gmacs_per_s": [
@@ -253,22 +326,26 @@ def row(case: str, mine: Result, peer: Result, name: str, settings: Settings) ->
 def rows(
     settings: Settings, mode: str, layouts: list[str], styles: list[str], peers: list[str]
 ) -> Iterator[dict[str, Any]]:
-    contenders = {OURS: ours}
-    for name, (package, build) in PEERS.items():
+    names = [OURS]
+    for name, (package, _) in PEERS.items():
         if not any(part in name for part in peers):
             continue
         if find_spec(package):
-            contenders[name] = build
+            names.append(name)
         else:
             yield {"benchmark": "model", "peer_name": name, "case": f"{package} is not installed"}
     where = f"{settings.device.type}, {settings.batch} of {settings.size} x {settings.size}"
     for style in styles:
+        compiled = style == "compiled"
         results = measure(
-            contenders, settings, mode=mode, layouts=layouts, compiled=style == "compiled"
+            [
+                Contender(n, layout, settings, mode, compiled)
+                for layout, n in product(layouts, names)
+            ]
         )
         gc.collect()
         case = f"{mode}, {where}, {style}"
-        for name in list(contenders)[1:]:
+        for name in names[1:]:
             for layout in layouts:
                 pair = results[layout, OURS], results[layout, name]
                 yield row(f"{case}, {layout}", *pair, name, settings)
@@ -295,6 +372,7 @@ def main() -> None:
     parser.add_argument("--layouts", nargs="+", default=list(LAYOUTS), choices=list(LAYOUTS))
     parser.add_argument("--styles", nargs="+", default=["eager", "compiled"])
     parser.add_argument("--peers", nargs="+", default=[""], help="parts of names of peers")
+    parser.add_argument("--keep", action="store_true", help="peers keep freed memory too (CPU)")
     parser.add_argument("--quick", action="store_true", help="256 pixels, eager, 2 repeats")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -304,7 +382,7 @@ def main() -> None:
     for mode in arguments.modes:
         batch = arguments.batch or (16 if on_gpu else 1 + (mode == "training"))
         device = torch.device(arguments.device)
-        settings = Settings(device, arguments.size, batch, arguments.repeats)
+        settings = Settings(device, arguments.size, batch, arguments.repeats, arguments.keep)
         for one in rows(settings, mode, arguments.layouts, arguments.styles, arguments.peers):
             if arguments.json:
                 print(json.dumps(one), flush=True)

@@ -19,13 +19,14 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from data_pipeline.decode import Pixels, decode_image
 from data_pipeline.errors import DataError
 from data_pipeline.palette import voc_palette
+from model.allocator import keep_freed_memory
 from model.deeplab import DeepLab
 from model.fold import fold_batch_norm
 from model.inference import Inference, infer
 from orchestrator.errors import RunError
 from orchestrator.images import ImageFile, check_outputs, find_images, output_paths
 from orchestrator.network import open_network
-from orchestrator.place import Place
+from orchestrator.place import Place, set_precision
 
 _LABELS, _PROBABILITIES = ".png", ".npy"
 _OVERLAY, _LONG_OVERLAY = "_overlay.jpg", "_overlay.png"
@@ -75,6 +76,8 @@ def predict(checkpoint: str, places: Sequence[str], settings: Settings) -> tuple
     images = find_images(places)
     check_outputs(images, places, settings.out, settings.endings)
     predictor = open_predictor(checkpoint, settings)
+    if predictor.place.device.type == "cpu":
+        keep_freed_memory()
     failures = []
     with _progress(len(images)) as advance:
         for image, pixels in _decoded(images):
@@ -120,8 +123,7 @@ def _find_place(device: str | None) -> Place:
         raise RunError(f"--device {name}: not supported; choose cpu, cuda or cuda:N")
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise RunError(f"--device {name}: torch sees {torch.cuda.device_count()} GPUs here")
-    bfloat16 = chosen.type == "cuda" and torch.cuda.is_bf16_supported()
-    return Place(rank=0, world=1, device=chosen, bfloat16=bfloat16)
+    return Place(rank=0, world=1, device=chosen, autocast_dtype=set_precision("auto", chosen))
 
 
 def _decoded(images: Sequence[ImageFile]) -> Iterator[tuple[ImageFile, Future[Pixels]]]:
