@@ -1,7 +1,7 @@
-"""A raw data set as published: folders, zip and tar archives, seen as one tree of files.
+"""Zip and tar archives as published, on a disk or in a bucket.
 
-A file is either a path on disk or a member of an archive, which knows where its bytes lie: any
-process reads it with one seek, without the archive's index and without unpacking anything.
+A member knows where its bytes lie: any process reads it with one seek, or one request to the store,
+without the archive's index and without unpacking anything.
 """
 
 import gzip
@@ -10,12 +10,20 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import IO
 
 from data_pipeline.errors import DataError
+from data_pipeline.raw_files import (
+    StoredObject,
+    file_version,
+    forget_listings,
+    open_file,
+    read_range,
+)
+from data_pipeline.storage import is_local
 
 MAX_MEMBER = (
     1 << 31
@@ -23,6 +31,9 @@ MAX_MEMBER = (
 _MAX_HELD = 1 << 30
 _HELD = (".txt", ".mat")  # what is taken out of gzip archives: lists and labels
 _ZIP_HEADER = 30
+# The index behind a member has at least 68 bytes and its name; most extra fields are smaller.
+_ZIP_EXTRA = 68
+_CONNECTIONS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +47,8 @@ class TarMember:
 
     def read(self) -> bytes:
         """The bytes; raises DataError where the archive ends too early."""
-        with open(self.archive, "rb") as file:
-            return _read_exactly(file, self.offset, self.size, self.archive)
+        _check_size(self, self.size)
+        return read_range(self.archive, self.offset, self.size)
 
     def __str__(self) -> str:
         return f"{self.archive}/{self.name}"
@@ -57,13 +68,16 @@ class ZipMember:
 
     def read(self) -> bytes:
         """The unpacked bytes; raises DataError unless they have the size and checksum promised."""
-        if self.size > MAX_MEMBER:
-            raise DataError(f"{self}: {self.size} bytes; the limit is {MAX_MEMBER}")
-        with open(self.archive, "rb") as file:
-            header = _read_exactly(file, self.offset, _ZIP_HEADER, self.archive)
-            # The lengths of name and extra field, which may differ from those of the index.
-            skip = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
-            data = _read_exactly(file, self.offset + _ZIP_HEADER + skip, self.packed, self.archive)
+        _check_size(self, max(self.size, self.packed))
+        # Header and bytes in one read, which does not reach beyond the index at the end.
+        ahead = _ZIP_HEADER + 2 * len(self.name) + _ZIP_EXTRA + self.packed
+        data = read_range(self.archive, self.offset, ahead)
+        # The lengths of name and extra field, which may differ from those of the index.
+        start = _ZIP_HEADER
+        start += int.from_bytes(data[26:28], "little") + int.from_bytes(data[28:30], "little")
+        if start + self.packed > ahead:
+            data = read_range(self.archive, self.offset, start + self.packed)
+        data = data[start : start + self.packed]
         try:
             if self.method == zipfile.ZIP_DEFLATED:
                 data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, self.size + 1)
@@ -94,7 +108,7 @@ class HeldMember:
 
 
 Member = TarMember | ZipMember | HeldMember
-File = str | Member
+File = str | StoredObject | Member
 
 
 def read_bytes(file: File) -> bytes:
@@ -109,15 +123,22 @@ def read_bytes(file: File) -> bytes:
         raise DataError(f"{file}: {error.strerror}") from None
 
 
+def file_place(file: File) -> str:
+    """Path or URI of a file, or of the archive that it is in."""
+    if isinstance(file, str):
+        return file
+    return file.uri if isinstance(file, StoredObject) else file.archive
+
+
 def file_stamp(file: File) -> list[str | int | None]:
-    """Name, size and time of a file, or of the archive that it is in: what tells of a change."""
-    path = Path(file if isinstance(file, str) else file.archive)
-    name = path.name if isinstance(file, str) else f"{path.name}/{file.name}"
-    try:
-        status = path.stat()
-    except OSError:
-        return [name, None, None]  # reading will say that it is missing
-    return [name, status.st_size, status.st_mtime_ns]
+    """Name, size and time (or ETag) of a file, or of its archive: what tells of a change."""
+    place = file_place(file)
+    name = os.path.basename(place)
+    if isinstance(file, StoredObject):
+        return [name, file.size, file.etag]
+    if not isinstance(file, str):
+        name = f"{name}/{file.name}"
+    return [name, *(file_version(place) or (None, None))]
 
 
 def is_inside(relative: str) -> bool:
@@ -125,90 +146,19 @@ def is_inside(relative: str) -> bool:
     return not os.path.isabs(relative) and not os.path.normpath(relative).startswith("..")
 
 
-class SourceTree:
-    """A raw data set's files by name, "folder/file", on disk or in archives that lie in the root.
-
-    `archives` maps the names of the archives that may be there to the folder (of the root) that
-    their content belongs in; names that start with that folder already stay as they are. A tar
-    inside a tar is a folder. What is on disk comes before what is in an archive, and an archive is
-    opened when something of its folder is asked for.
-    """
-
-    def __init__(self, root: Path, archives: Mapping[str, str] | None = None) -> None:
-        self.root = root
-        self.archives = archives or {}
-        self._present = [
-            (str(root.resolve() / name), folder)
-            for name, folder in self.archives.items()
-            if (root / name).is_file()
-        ]
-
-    def folders(self, name: str = "") -> tuple[str, ...]:
-        """The folders in a folder, sorted; none if it is not there."""
-        found = {entry.name for entry in self._scan(name) if entry.is_dir()}
-        if name == "":
-            found.update(folder for _, folder in self._present)
-        for index in self._indexes(name):
-            found.update(index.folders(name))
-        return tuple(sorted(found))
-
-    def files(self, name: str = "") -> dict[str, File]:
-        """The files in a folder by their names, sorted; none if it is not there."""
-        found: dict[str, File] = {}
-        for index in self._indexes(name):
-            found.update(index.files(name))
-        found.update({entry.name: entry.path for entry in self._scan(name) if entry.is_file()})
-        return dict(sorted(found.items()))
-
-    def walk(self, name: str) -> Iterator[tuple[str, File]]:
-        """All files below a folder, with their names from there on, sorted."""
-        yield from self.files(name).items()
-        for folder in self.folders(name):
-            for rest, file in self.walk(f"{name}/{folder}"):
-                yield f"{folder}/{rest}", file
-
-    def file(self, name: str) -> File:
-        """The file of that name; the path on disk that it would have, if it is not there."""
-        path = self.root / name
-        if self._present and not path.exists():
-            folder, _, base = name.rpartition("/")
-            for index in self._indexes(folder):
-                if member := index.files(folder).get(base):
-                    return member
-        return str(path)
-
-    def exists(self, name: str) -> bool:
-        """Whether there is a file or a folder of that name."""
-        if (self.root / name).exists() or not isinstance(self.file(name), str):
-            return True
-        return any(index.folders(name) or index.files(name) for index in self._indexes(name))
-
-    def holds(self, folder: str) -> bool:
-        """Whether a folder of the root is there, or an archive for it, which is not opened."""
-        return (self.root / folder).is_dir() or any(name == folder for _, name in self._present)
-
-    def read(self, name: str) -> bytes:
-        """The bytes of the file of that name; raises DataError if it is not there."""
-        return read_bytes(self.file(name))
-
-    def _scan(self, name: str) -> list[os.DirEntry[str]]:
-        try:
-            with os.scandir(self.root / name) as entries:
-                return list(entries)
-        except (FileNotFoundError, NotADirectoryError):
-            return []
-
-    def _indexes(self, name: str) -> "Iterator[_Index]":
-        """The indexes of the archives that can hold something in the folder `name`."""
-        for path, folder in self._present:
-            if f"{name}/".startswith(f"{folder}/"):
-                status = os.stat(path)
-                yield _read_index(path, folder, (status.st_size, status.st_mtime_ns))
-
-
 def forget_archives() -> None:
-    """Let go of the indexes read so far, some hundred megabytes for ImageNet's."""
+    """Let go of indexes and listings read so far, some hundred megabytes for ImageNet's."""
     _read_index.cache_clear()
+    forget_listings()
+
+
+def read_index(path: str, folder: str) -> "Index":
+    """What an archive holds, by folders of the root; its content belongs in `folder`.
+
+    Raises:
+        DataError: no archive, cut short, or with names or links that lead out of it.
+    """
+    return _read_index(path, folder, file_version(path))
 
 
 def tar_members(path: str) -> list[TarMember]:
@@ -221,7 +171,7 @@ def tar_members(path: str) -> list[TarMember]:
 
 
 @dataclass
-class _Index:
+class Index:
     """What an archive holds, by folder."""
 
     _members: dict[str, dict[str, Member]] = field(default_factory=dict)
@@ -229,6 +179,7 @@ class _Index:
     _nested: dict[str, TarMember] = field(default_factory=dict)
 
     def add(self, name: str, member: Member) -> None:
+        """Add a member; a tar is a folder, opened when it is asked for."""
         if isinstance(member, TarMember) and name.endswith(".tar"):
             name = name.removesuffix(".tar")
             self._nested[name] = member
@@ -239,10 +190,12 @@ class _Index:
         self._add_folder(folder)
 
     def files(self, folder: str) -> Mapping[str, Member]:
+        """The files in a folder by their names."""
         self._open_nested(folder)
         return self._members.get(folder, {})
 
     def folders(self, folder: str) -> set[str]:
+        """The folders in a folder."""
         self._open_nested(folder)
         return self._folders.get(folder, set())
 
@@ -253,15 +206,28 @@ class _Index:
             name = parent
 
     def _open_nested(self, folder: str) -> None:
-        if (outer := self._nested.get(folder)) is not None:
-            for member in _tar_members(outer.archive, outer.offset, f"{outer.name}/"):
-                self.add(f"{folder}/{member.name.removeprefix(f'{outer.name}/')}", member)
-            del self._nested[folder]  # only now: what fails is not to look empty the next time
+        if folder not in self._nested:
+            return
+        todo = {folder: self._nested[folder]}
+        if not is_local(todo[folder].archive):
+            todo = dict(self._nested)  # one by one a thousand would take hours
+        with ThreadPoolExecutor(_CONNECTIONS) as threads:
+            for name, members in zip(
+                todo, threads.map(_nested_members, todo.values()), strict=True
+            ):
+                prefix = f"{todo[name].name}/"
+                for member in members:
+                    self.add(f"{name}/{member.name.removeprefix(prefix)}", member)
+                del self._nested[name]  # only now: what fails is not to look empty the next time
+
+
+def _nested_members(outer: TarMember) -> list[TarMember]:
+    return list(_tar_members(outer.archive, outer.offset, f"{outer.name}/"))
 
 
 @lru_cache(maxsize=16)
-def _read_index(path: str, folder: str, stamp: tuple[int, int]) -> _Index:
-    index = _Index()
+def _read_index(path: str, folder: str, version: object) -> Index:
+    index = Index()
     if path.endswith(".zip"):
         members: Iterator[Member] = _zip_members(path)
     elif path.endswith((".tgz", ".gz")):
@@ -276,9 +242,9 @@ def _read_index(path: str, folder: str, stamp: tuple[int, int]) -> _Index:
 
 def _tar_members(path: str, start: int, prefix: str) -> Iterator[TarMember]:
     """The members of the tar that begins at byte `start` of a file."""
-    length = os.stat(path).st_size
     try:
-        with open(path, "rb") as file:
+        with open_file(path) as file:
+            length = file.seek(0, os.SEEK_END)
             file.seek(start)
             with tarfile.open(fileobj=file, mode="r:") as tar:
                 for info in tar:
@@ -298,7 +264,11 @@ def _tar_members(path: str, start: int, prefix: str) -> Iterator[TarMember]:
 def _held_members(path: str) -> Iterator[HeldMember]:
     held = 0
     try:
-        with gzip.open(path) as file, tarfile.open(fileobj=file, mode="r|") as tar:
+        with (
+            open_file(path) as packed,
+            gzip.open(packed) as file,
+            tarfile.open(fileobj=file, mode="r|") as tar,
+        ):
             for info in tar:
                 if info.name.endswith(_HELD) and _is_file(info, path):
                     held += info.size
@@ -331,7 +301,7 @@ def _is_file(info: tarfile.TarInfo, path: str) -> bool:
 
 def _zip_members(path: str) -> Iterator[ZipMember]:
     try:
-        with zipfile.ZipFile(path) as archive:
+        with open_file(path) as file, zipfile.ZipFile(file) as archive:
             for info in archive.infolist():
                 if info.is_dir():
                     continue
@@ -364,11 +334,6 @@ def _checked_name(name: str, archive: str) -> str:
     return os.path.normpath(name)
 
 
-def _read_exactly(file: IO[bytes], offset: int, size: int, archive: str) -> bytes:
+def _check_size(member: TarMember | ZipMember, size: int) -> None:
     if size > MAX_MEMBER:
-        raise DataError(f"{archive}: a member of {size} bytes; the limit is {MAX_MEMBER}")
-    file.seek(offset)
-    data = file.read(size)
-    if len(data) != size:
-        raise DataError(f"{archive}: ends before byte {offset + size}; download it again")
-    return data
+        raise DataError(f"{member}: {size} bytes; the limit is {MAX_MEMBER}")

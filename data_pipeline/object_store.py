@@ -127,6 +127,27 @@ class ObjectStore:
 
         return self._retry(f"{self.place}/{prefix}*", listing)
 
+    def scan(self) -> tuple[list[str], list[tuple[str, int, str]]]:
+        """Names of the folders directly below the place; name, size and ETag of the objects."""
+        base = f"{self._prefix}/" if self._prefix else ""
+
+        def listing() -> tuple[list[str], list[tuple[str, int, str]]]:
+            folders, objects = [], []
+            pages = self._client.get_paginator("list_objects_v2").paginate(
+                Bucket=self._bucket, Prefix=base, Delimiter="/"
+            )
+            for page in pages:
+                folders += [entry["Prefix"] for entry in page.get("CommonPrefixes", ())]
+                objects += [
+                    (entry["Key"][len(base) :], entry["Size"], entry["ETag"].strip('"'))
+                    for entry in page.get("Contents", ())
+                ]
+            names = [name[len(base) : -1] for name in folders]
+            # Some programs mark a folder by an empty object of its name.
+            return [name for name in names if name], [entry for entry in objects if entry[0]]
+
+        return self._retry(f"{self.place}/", listing)
+
     def __reduce__(self) -> tuple[Any, ...]:
         make = partial(ObjectStore, patience=self._patience, timeout=self._timeout)
         return make, (self.place.removeprefix("s3://"),)
@@ -239,7 +260,7 @@ def _text(error: Exception) -> str:
 
 
 def _too_short(uri: str, what: str) -> str:
-    return f"{uri}: has {what} were wanted; it is shorter than the manifest says, copy it again"
+    return f"{uri}: has {what} were wanted; it is shorter than it should be, copy it again"
 
 
 def _refuse_lasting(uri: str, error: Exception) -> None:

@@ -24,7 +24,8 @@ from data_pipeline.errors import DataError
 from data_pipeline.formats import cityscapes, coco, folder, imagenet, multilabel, voc
 from data_pipeline.formats.sample import Item, Split
 from data_pipeline.manifest import FILE_NAME, Manifest, read_manifest, write_manifest
-from data_pipeline.parts import PARTS, Part, ShardTask, read_rows, run_tasks
+from data_pipeline.parts import PARTS, Part, Run, ShardTask, in_processes, read_rows, run_tasks
+from data_pipeline.source_tree import SourceTree
 from data_pipeline.storage import Place, Storage, is_local, join, open_storage
 
 FORMATS: Mapping[str, ModuleType] = {
@@ -35,7 +36,7 @@ FORMATS: Mapping[str, ModuleType] = {
     "multilabel": multilabel,
     "voc": voc,
 }
-_VERSION = 2  # raise it when the same inputs give other shards
+_VERSION = 3  # raise it when the same inputs give other shards
 _SKIPS_LISTED = 1000
 _SKIPS_SHOWN = 10
 _CONNECTIONS = 16
@@ -70,24 +71,25 @@ class Settings:
 
 def prepare(
     format: str,
-    source: Path,
+    source: Place,
     destination: Place,
     settings: Settings | None = None,
     *,
     splits: Sequence[str] | None = None,
-    workers: int | None = None,
+    workers: int | Run | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Manifest]:
     """Prepare `splits` (None: all there are) of a raw data set of one of `FORMATS`.
 
     Args:
         format: the layout of `source`.
-        source: folder of the raw data set, unpacked or in its archives; only read.
+        source: directory or s3://bucket/prefix of the raw data set, unpacked or in its archives;
+            only read.
         destination: directory or s3://bucket/prefix, gets one folder per split; one finished from
             the same inputs is left as it is.
         settings: what the shards shall be.
         splits: which splits to prepare, in this order.
-        workers: processes; None: one per core.
+        workers: processes, None: one per core; or what runs the tasks instead, on a cluster, say.
         progress: called with (split, samples done, samples in all) as shards are finished.
 
     Returns:
@@ -99,19 +101,21 @@ def prepare(
     """
     settings = settings or Settings()
     module = _format(format, settings.options)
-    if not source.is_dir():
-        problem = "is a file; name its folder" if source.exists() else "no such folder"
-        raise DataError(f"{source}: {problem}; expected a data set in the layout of {format}")
-    chosen = tuple(splits) if splits is not None else module.splits(source)
-    if not chosen:
-        raise DataError(f"{source}: no split in the layout of {format}")
-    results = {}
-    target = str(Path(destination).resolve() if is_local(destination) else join(destination))
-    for name in chosen:
-        split = module.read_split(source.absolute(), name, **settings.options)
-        job = _Job(format, source.resolve(), target, settings, name, split)
-        results[name] = job.run(workers or len(os.sched_getaffinity(0)), progress)
-    forget_archives()
+    source = str(Path(source).absolute()) if is_local(source) else join(source)
+    run = workers if callable(workers) else in_processes(workers or len(os.sched_getaffinity(0)))
+    try:
+        _check_source(source, format)
+        chosen = tuple(splits) if splits is not None else module.splits(source)
+        if not chosen:
+            raise DataError(f"{source}: no split in the layout of {format}")
+        results = {}
+        target = str(Path(destination).resolve() if is_local(destination) else join(destination))
+        for name in chosen:
+            split = module.read_split(source, name, **settings.options)
+            job = _Job(format, source, target, settings, name, split)
+            results[name] = job.run(run, progress)
+    finally:
+        forget_archives()
     return results
 
 
@@ -143,7 +147,7 @@ class _Job:
     """The preparation of one split."""
 
     format: str
-    source: Path
+    source: str
     destination: str
     settings: Settings
     name: str
@@ -157,13 +161,13 @@ class _Job:
     def storage(self) -> Storage:
         return open_storage(self.place)
 
-    def run(self, workers: int, progress: Progress | None) -> Manifest:
+    def run(self, run: Run, progress: Progress | None) -> Manifest:
         """Prepare the split, or find it prepared."""
         items = self._items()
         tasks = self._tasks(items)
         plan = _digest([self.dataset, self.name, [task.digest for task in tasks]])
         if (finished := self._finished(plan)) is None:
-            parts = self._run_tasks(tasks, workers, progress)
+            parts = self._run_tasks(tasks, run, progress)
             self._publish(parts, plan, len(items))
             finished = read_manifest(self.place)
         elif progress:
@@ -210,6 +214,7 @@ class _Job:
                 items=items[start : start + size],
                 load=split.load,
                 fetch=split.fetch,
+                sources=split.sources,
                 # What failed may have been the disk or the network: try again.
                 reuse_broken=self.settings.on_broken == "skip",
             )
@@ -237,11 +242,11 @@ class _Job:
         return None
 
     def _run_tasks(
-        self, tasks: Sequence[ShardTask], workers: int, progress: Progress | None
+        self, tasks: Sequence[ShardTask], run: Run, progress: Progress | None
     ) -> list[Part]:
         total, done = sum(len(task.items) for task in tasks), 0
         parts = []
-        for part in run_tasks(tasks, workers):
+        for part in run_tasks(tasks, run):
             parts.append(part)
             done += part.shard.num_samples + len(part.skipped)
             if progress:
@@ -270,7 +275,7 @@ class _Job:
             shards=tuple(part.shard for part in kept),
             source={
                 "format": self.format,
-                "path": str(self.source),
+                "path": self.source,
                 "options": asdict(self.settings),
                 "plan": plan,
                 "items": num_items,
@@ -310,6 +315,17 @@ def _format(name: str, options: Mapping[str, Any]) -> ModuleType:
             f"it has: {', '.join(known) or 'none'}"
         )
     return module
+
+
+def _check_source(source: str, format: str) -> None:
+    expected = f"expected a data set in the layout of {format}"
+    if is_local(source):
+        path = Path(source)
+        if not path.is_dir():
+            problem = "is a file; name its folder" if path.exists() else "no such folder"
+            raise DataError(f"{source}: {problem}; {expected}")
+    elif not SourceTree(source).names():
+        raise DataError(f"{source}: no object has a name that goes on from it with /; {expected}")
 
 
 def _refuse_broken(broken: Sequence[Mapping[str, str]], count: int, split: str) -> None:

@@ -6,6 +6,7 @@ Nothing relies on listing: what a data set consists of is said by its manifest.
 import os
 import re
 import threading
+import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -162,7 +163,8 @@ class LocalStorage:
         """See `Storage`: temporary name, fsync, rename, fsync of the directory."""
         path = self.root / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
+        # Of a name that no other machine on a shared disk takes, either.
+        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
         try:
             with open(temporary, "wb") as file:
                 yield file

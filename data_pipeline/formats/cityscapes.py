@@ -6,11 +6,8 @@ pictures with their fine masks, plus train_extra with its coarse masks: DeepLab'
 22,973 = 2,975 + 19,998 pictures, its trainval_coarse 500 more (datasets/data_generator.py).
 """
 
-from pathlib import Path
-
 import numpy as np
 
-from data_pipeline.archives import SourceTree
 from data_pipeline.errors import DataError
 from data_pipeline.formats.sample import (
     IGNORE_LABEL,
@@ -24,6 +21,8 @@ from data_pipeline.formats.sample import (
     segmentation_sample,
     unlabelled_sample,
 )
+from data_pipeline.source_tree import SourceTree
+from data_pipeline.storage import Place
 
 # labelId: name, in the order of the 19 trainIds (cityscapesScripts, helpers/labels.py)
 _CLASSES = {
@@ -62,7 +61,7 @@ _COUNTS = {
 }  # fmt: skip
 
 
-def splits(source: Path) -> tuple[str, ...]:
+def splits(source: Place) -> tuple[str, ...]:
     """The splits whose pictures and masks are there."""
     return _splits(SourceTree(source, ARCHIVES))
 
@@ -79,7 +78,7 @@ def _splits(tree: SourceTree) -> tuple[str, ...]:
     )
 
 
-def read_split(source: Path, split: str) -> Split:
+def read_split(source: Place, split: str) -> Split:
     """List one split.
 
     Raises:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as rle
 
-from data_pipeline.archives import SourceTree, is_inside, read_bytes
+from data_pipeline.archives import is_inside, read_bytes
 from data_pipeline.errors import DataError
 from data_pipeline.formats.sample import (
     IGNORE_LABEL,
@@ -27,6 +27,8 @@ from data_pipeline.formats.sample import (
     require_split,
     segmentation_sample,
 )
+from data_pipeline.source_tree import SourceTree
+from data_pipeline.storage import Place
 
 _YEAR = "2017"
 ARCHIVES = {
@@ -47,7 +49,7 @@ _RENAMED = {
 Annotation = tuple[int, int, bool, float, Any]
 
 
-def splits(source: Path) -> tuple[str, ...]:
+def splits(source: Place) -> tuple[str, ...]:
     """Those of train and val that have annotations."""
     return _splits(SourceTree(source, ARCHIVES))
 
@@ -57,7 +59,7 @@ def _splits(tree: SourceTree) -> tuple[str, ...]:
     return tuple(name for name in ("train", "val") if tree.exists(_annotation_file(name)))
 
 
-def read_split(source: Path, split: str, *, min_area: float = 1000) -> Split:
+def read_split(source: Place, split: str, *, min_area: float = 1000) -> Split:
     """List the pictures with an instance of a VOC class of more than `min_area` pixels.
 
     Crowds do not count; 1000 pixels is the choice of DeepLabv3. `split` is
@@ -174,7 +176,7 @@ def _item(
     name = image["file_name"]
     if not is_inside(name):
         raise DataError(
-            f"{tree.root / folder}: file_name {name!r} leaves the folder of the pictures"
+            f"{tree.place(folder)}: file_name {name!r} leaves the folder of the pictures"
         )
     label = (int(image["height"]), int(image["width"]), tuple(annotations))
     key = make_key(str(Path(name).with_suffix("")))

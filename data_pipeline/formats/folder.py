@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from data_pipeline.archives import File, SourceTree, is_inside, read_bytes
+from data_pipeline.archives import File, is_inside, read_bytes
 from data_pipeline.errors import DataError
 from data_pipeline.formats.sample import (
     IGNORE_LABEL,
@@ -42,6 +42,9 @@ from data_pipeline.formats.sample import (
     segmentation_sample,
     unlabelled_sample,
 )
+from data_pipeline.raw_files import StoredObject
+from data_pipeline.source_tree import SourceTree
+from data_pipeline.storage import Place
 
 _CLASSES = "classes.yaml"
 _LIST = re.compile(r"(train|val|test)\w*\.txt")
@@ -124,7 +127,7 @@ class Classes:
         return table[np.searchsorted(found, values)]
 
 
-def splits(source: Path) -> tuple[str, ...]:
+def splits(source: Place) -> tuple[str, ...]:
     """The lists in `source`, else the folders in images, else train."""
     tree = SourceTree(source)
     require_layout(tree, ["images", _CLASSES])
@@ -134,13 +137,13 @@ def splits(source: Path) -> tuple[str, ...]:
     folders = tree.folders("images")
     if folders and any(_is_image(name) for name in tree.files("images")):
         raise DataError(
-            f"{source / 'images'}: pictures beside the folders {', '.join(folders[:5])}; put all "
-            "into folders named after splits, or write lists train.txt and val.txt"
+            f"{tree.place('images')}: pictures beside the folders {', '.join(folders[:5])}; "
+            "put all into folders named after splits, or write lists train.txt and val.txt"
         )
     return folders or (_TRAIN,)
 
 
-def read_split(source: Path, split: str) -> Split:
+def read_split(source: Place, split: str) -> Split:
     """List one split.
 
     Raises:
@@ -177,7 +180,7 @@ def load(classes: Classes, item: Item) -> Sample:
     if len(item.files) == 1:
         return unlabelled_sample(item.key, item.files[0])
     image, mask = item.files
-    if isinstance(mask, str) and not os.path.exists(mask):
+    if _is_missing(mask):
         raise DataError(f"{image}: has no mask; expected {mask}")
     return segmentation_sample(item.key, image, classes.read(mask), len(classes.names))
 
@@ -188,7 +191,7 @@ def read_classes(tree: SourceTree) -> Classes:
     Raises:
         DataError: it is no YAML, or says something that cannot be.
     """
-    path = tree.root / _CLASSES
+    path = tree.place(_CLASSES)
     try:
         content = _ClassFile.model_validate(yaml.safe_load(tree.read(_CLASSES)))
     except yaml.YAMLError as error:
@@ -227,9 +230,15 @@ def _pictures(tree: SourceTree, split: str) -> list[tuple[str, File, str]]:
         if name := line.strip():
             entry = found.get(name) or by_stem.get(name) if is_inside(name) else None
             if entry is None:
-                raise DataError(f"{tree.root / split}.txt: no picture {name!r} in images")
+                raise DataError(f"{tree.place(split)}.txt: no picture {name!r} in images")
             chosen.append(entry)
     return chosen
+
+
+def _is_missing(file: File) -> bool:
+    if isinstance(file, StoredObject):
+        return file.size is None
+    return isinstance(file, str) and not os.path.exists(file)
 
 
 def _is_image(name: str) -> bool:

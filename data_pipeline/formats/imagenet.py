@@ -9,9 +9,8 @@ import io
 import os
 import re
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
-from data_pipeline.archives import File, SourceTree, read_bytes
+from data_pipeline.archives import File, read_bytes
 from data_pipeline.errors import DataError
 from data_pipeline.formats.sample import (
     Item,
@@ -22,6 +21,8 @@ from data_pipeline.formats.sample import (
     require_layout,
     require_split,
 )
+from data_pipeline.source_tree import SourceTree
+from data_pipeline.storage import Place
 
 ARCHIVES = {
     "ILSVRC2012_img_train.tar": "train",
@@ -36,12 +37,12 @@ _NUM_CLASSES = 1000
 _EXTENSIONS = (".jpeg", ".jpg", ".png")
 
 
-def splits(source: Path) -> tuple[str, ...]:
+def splits(source: Place) -> tuple[str, ...]:
     """The folders of `source` that hold class folders, and val where the devkit labels it."""
     return _splits(SourceTree(source, ARCHIVES))
 
 
-def read_split(source: Path, split: str) -> Split:
+def read_split(source: Place, split: str) -> Split:
     """List one split; class ids count the sorted class folders of `train`, whatever the split.
 
     Raises:
@@ -58,7 +59,7 @@ def read_split(source: Path, split: str) -> Split:
     class_ids = {name: number for number, name in enumerate(class_names)}
     for name, base, file in found:
         if name not in class_ids:
-            raise DataError(f"{source / split}: {base} is of class {name}, which train lacks")
+            raise DataError(f"{tree.place(split)}: {base} is of class {name}, which train lacks")
         stem, extension = os.path.splitext(base)
         if extension.lower() not in _EXTENSIONS:
             strangers.append(f"{name}/{base}")
@@ -74,7 +75,7 @@ def read_split(source: Path, split: str) -> Split:
         load=load,
         sources=(tree.file(_TRUTH), tree.file(_META)) if flat else (),
         expected_count=_COUNTS.get(split) if devkit else None,
-        warnings=_warn_strangers(source / split, strangers),
+        warnings=_warn_strangers(tree.place(split), strangers),
     )
 
 
@@ -115,7 +116,7 @@ def _class_folders(tree: SourceTree, split: str) -> Iterator[tuple[str, str, Fil
     unknown = set(tree.folders(split)) - set(tree.folders("train"))
     if unknown:
         raise DataError(
-            f"{tree.root / split}: class folders that train lacks: "
+            f"{tree.place(split)}: class folders that train lacks: "
             f"{', '.join(sorted(unknown)[:10])}"
         )
     for name in tree.folders(split):
@@ -129,7 +130,7 @@ def _validation(tree: SourceTree) -> Iterator[tuple[str, str, File]]:
     try:
         truth = [class_of[int(line)] for line in tree.read(_TRUTH).split()]
     except (KeyError, ValueError) as error:
-        raise DataError(f"{tree.root / _TRUTH}: {error} is no class id of meta.mat") from None
+        raise DataError(f"{tree.place(_TRUTH)}: {error} is no class id of meta.mat") from None
     for base, file in tree.files("val").items():
         match = _VAL_NAME.fullmatch(base)
         number = int(match[1]) if match else 0
@@ -162,7 +163,7 @@ def _wnids(tree: SourceTree) -> dict[int, str]:
     return {number: name for number, name in rows if number <= _NUM_CLASSES}
 
 
-def _warn_strangers(folder: Path, strangers: list[str]) -> tuple[str, ...]:
+def _warn_strangers(folder: str, strangers: list[str]) -> tuple[str, ...]:
     if not strangers:
         return ()
     return (

@@ -5,45 +5,50 @@ separated by commas, or in further columns. A first line that begins with `path`
 """
 
 import csv
+import io
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from data_pipeline.archives import is_inside, read_bytes
-from data_pipeline.errors import DataError
+from data_pipeline.archives import File, is_inside, read_bytes
+from data_pipeline.errors import DataError, StorageUnavailable
 from data_pipeline.formats.sample import Item, Sample, make_key, multilabel_sample
+from data_pipeline.raw_files import open_file
+from data_pipeline.source_tree import SourceTree
 
 
-def find_lists(source: Path) -> dict[str, Path]:
-    """The lists in `source` by the names of their splits.
+def find_lists(tree: SourceTree) -> dict[str, File]:
+    """The lists in a source by the names of their splits.
 
     Raises:
         DataError: one split has two lists.
     """
-    found: dict[str, Path] = {}
-    for path in [*source.glob("*.tsv"), *source.glob("*.csv")]:
-        if path.stem in found:
-            raise DataError(f"{source}: {path.stem} is there in two forms; leave one of them")
-        found[path.stem] = path
+    found: dict[str, File] = {}
+    for name, file in tree.files().items():
+        stem = Path(name).stem
+        if name.endswith((".tsv", ".csv")):
+            if stem in found:
+                raise DataError(f"{tree.root}: {stem} is there in two forms; leave one of them")
+            found[stem] = file
     return found
 
 
-def class_names(path: Path) -> tuple[str, ...]:
+def class_names(file: File) -> tuple[str, ...]:
     """The sorted labels of a list."""
-    return tuple(sorted({name for _, _, names in _read(path) for name in names}))
+    return tuple(sorted({name for _, _, names in _read(file) for name in names}))
 
 
-def list_items(source: Path, path: Path) -> list[Item]:
+def list_items(tree: SourceTree, file: File) -> list[Item]:
     """The pictures of a list.
 
     Raises:
-        DataError: a path leaves `source`.
+        DataError: a path leaves the source.
     """
     items = []
-    for number, name, labels in _read(path):
+    for number, name, labels in _read(file):
         if not is_inside(name):
-            raise DataError(f"{path} line {number}: path {name!r} leaves the source folder")
+            raise DataError(f"{file} line {number}: path {name!r} leaves the source folder")
         key = make_key(str(Path(name).with_suffix("")))
-        items.append(Item(key=key, files=(str(source / name),), label=(number, labels)))
+        items.append(Item(key=key, files=(tree.file(name),), label=(number, labels)))
     return items
 
 
@@ -58,11 +63,12 @@ def load(class_ids: Mapping[str, int], item: Item) -> Sample:
     return multilabel_sample(item, read_bytes(item.files[0]), labels, class_ids, where)
 
 
-def _read(path: Path) -> Iterator[tuple[int, str, tuple[str, ...]]]:
+def _read(list_file: File) -> Iterator[tuple[int, str, tuple[str, ...]]]:
     """Line number, path and labels of each line."""
-    tabs = path.suffix == ".tsv"
+    place = str(list_file)
+    tabs = place.endswith(".tsv")
     try:
-        with open(path, encoding="utf-8", newline="") as file:
+        with io.TextIOWrapper(open_file(place), encoding="utf-8", newline="") as file:
             lines = csv.reader(
                 file,
                 delimiter="\t" if tabs else ",",
@@ -74,5 +80,7 @@ def _read(path: Path) -> Iterator[tuple[int, str, tuple[str, ...]]]:
                     continue
                 labels = (part.strip() for field in row[1:] for part in field.split(","))
                 yield lines.line_num, row[0].strip(), tuple(label for label in labels if label)
+    except StorageUnavailable:
+        raise
     except (OSError, ValueError, csv.Error) as error:
-        raise DataError(f"{path}: not a list of paths and labels ({error})") from None
+        raise DataError(f"{place}: not a list of paths and labels ({error})") from None

@@ -8,15 +8,17 @@ or `path` (relative to SOURCE). Row groups of some hundred rows suit `image` bes
 read by every shard that holds one of its rows.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_pipeline.archives import SourceTree, is_inside, read_bytes
+from data_pipeline.archives import File, is_inside, read_bytes
 from data_pipeline.errors import DataError
 from data_pipeline.formats import label_lists, labelled_shards
 from data_pipeline.formats.sample import (
@@ -24,44 +26,63 @@ from data_pipeline.formats.sample import (
     Sample,
     Split,
     multilabel_sample,
-    require_layout,
     require_split,
 )
+from data_pipeline.raw_files import open_file
+from data_pipeline.source_tree import SourceTree
+from data_pipeline.storage import Place, is_local
 
 _LARGE_GROUP = 8192  # rows; reading these over and over for every shard would dominate
+_PARQUET, _CLASSES = ".parquet", "classes.txt"
 _BATCH = 64  # rows of pictures in memory at a time
 
 
-def splits(source: Path) -> tuple[str, ...]:
+def splits(source: Place) -> tuple[str, ...]:
     """The Parquet files, lists and sets of shards in `source`."""
-    require_layout(SourceTree(source), [])
-    found = [path.stem for path in source.glob("*.parquet")]
-    found += [*label_lists.find_lists(source), *labelled_shards.find_shards(source)]
+    return _splits(SourceTree(source))
+
+
+def _splits(tree: SourceTree) -> tuple[str, ...]:
+    found = [name.removesuffix(_PARQUET) for name in tree.files() if name.endswith(_PARQUET)]
+    found += [*label_lists.find_lists(tree), *_shards(tree)]
     twice = sorted({name for name in found if found.count(name) > 1})
     if twice:
-        raise DataError(f"{source}: {twice[0]} is there in two forms; leave one of them")
+        raise DataError(f"{tree.root}: {twice[0]} is there in two forms; leave one of them")
     return tuple(sorted(found))
 
 
-def read_split(source: Path, split: str) -> Split:
+def _shards(tree: SourceTree) -> dict[str, list[Path]]:
+    """The WebDataset shards by the names of their splits."""
+    if is_local(tree.root):
+        return labelled_shards.find_shards(Path(tree.root))
+    folders = [tree.files(), *map(tree.files, tree.folders())]
+    if any(name.endswith(".tar") for files in folders for name in files):
+        raise DataError(
+            f"{tree.root}: WebDataset shards are prepared from a disk only; train on them where "
+            "they are (atrous data index), or copy them to a disk"
+        )
+    return {}
+
+
+def read_split(source: Place, split: str) -> Split:
     """List one split; without classes.txt the classes are the sorted labels of train.
 
     Raises:
         DataError: a column is missing, or there is nothing to take class names from.
     """
-    require_split(SourceTree(source), split, splits(source))
-    class_names, origin = _class_names(source)
-    path = source / f"{split}.parquet"
-    if path.exists():
-        return _read_parquet(path, class_names, origin)
+    tree = SourceTree(source)
+    require_split(tree, split, _splits(tree))
+    class_names, origin = _class_names(tree)
+    if tree.has_file(f"{split}{_PARQUET}"):
+        return _read_parquet(tree, split, class_names, origin)
     class_ids = {name: number for number, name in enumerate(class_names)}
-    sources = [str(origin)]
-    if listed := label_lists.find_lists(source).get(split):
-        sources.append(str(listed))
-        items = label_lists.list_items(source, listed)
+    sources = [origin]
+    if listed := label_lists.find_lists(tree).get(split):
+        sources.append(listed)
+        items = label_lists.list_items(tree, listed)
         load_item = partial(label_lists.load, class_ids)
     else:
-        items = labelled_shards.list_items(labelled_shards.find_shards(source)[split])
+        items = labelled_shards.list_items(_shards(tree)[split])
         load_item = partial(labelled_shards.load, class_ids)
     return Split(
         task="multilabel",
@@ -73,13 +94,17 @@ def read_split(source: Path, split: str) -> Split:
     )
 
 
-def _read_parquet(path: Path, class_names: tuple[str, ...], origin: Path) -> Split:
+def _read_parquet(
+    tree: SourceTree, split: str, class_names: tuple[str, ...], origin: File
+) -> Split:
+    file = tree.file(f"{split}{_PARQUET}")
+    path = str(file)
     items: list[Item] = []
     warnings: tuple[str, ...] = ()
     with _open(path) as parquet:
         embedded = "image" in parquet.schema_arrow.names
         for group in range(parquet.num_row_groups):
-            items += _list_group(parquet, group, path.parent, len(items))
+            items += _list_group(parquet, group, tree, len(items))
         rows = max(
             (parquet.metadata.row_group(g).num_rows for g in range(parquet.num_row_groups)),
             default=0,
@@ -93,14 +118,14 @@ def _read_parquet(path: Path, class_names: tuple[str, ...], origin: Path) -> Spl
         class_names=class_names,
         ignore_label=None,
         items=items,
-        load=partial(load, {name: i for i, name in enumerate(class_names)}, path.name),
+        load=partial(load, {name: i for i, name in enumerate(class_names)}, os.path.basename(path)),
         fetch=partial(fetch, path) if embedded else None,
-        sources=(str(path), str(origin)),
+        sources=(file, origin),
         warnings=warnings,
     )
 
 
-def fetch(path: Path, items: Sequence[Item]) -> list[Item]:
+def fetch(path: str, items: Sequence[Item]) -> list[Item]:
     """Put the pictures of `items` into them, reading each of their row groups once.
 
     Raises:
@@ -145,7 +170,7 @@ def _image(item: Item, where: str, position: int | str | None) -> bytes:
     return read_bytes(item.files[0])
 
 
-def _list_group(parquet: pq.ParquetFile, group: int, source: Path, first: int) -> list[Item]:
+def _list_group(parquet: pq.ParquetFile, group: int, tree: SourceTree, first: int) -> list[Item]:
     embedded = "image" in parquet.schema_arrow.names
     table = parquet.read_row_group(group, columns=["labels"] if embedded else ["labels", "path"])
     paths = [None] * len(table) if embedded else table["path"].to_pylist()
@@ -154,7 +179,7 @@ def _list_group(parquet: pq.ParquetFile, group: int, source: Path, first: int) -
         items.append(
             Item(
                 key=f"{first + row:09d}",
-                files=(str(source / path),) if path is not None else (),
+                files=(tree.file(path),) if path is not None and is_inside(path) else (),
                 label=(row if embedded else path, names),
                 # Pictures inside the file are read by row group; paths can be read in any order.
                 group=group if embedded else 0,
@@ -163,36 +188,36 @@ def _list_group(parquet: pq.ParquetFile, group: int, source: Path, first: int) -
     return items
 
 
-def _class_names(source: Path) -> tuple[tuple[str, ...], Path]:
+def _class_names(tree: SourceTree) -> tuple[tuple[str, ...], File]:
     """The class names, and the file that they come from."""
-    listed = source / "classes.txt"
-    if listed.exists():
-        names = tuple(
-            line.strip() for line in listed.read_text("utf-8").splitlines() if line.strip()
-        )
+    if tree.has_file(_CLASSES):
+        listed = tree.file(_CLASSES)
+        lines = read_bytes(listed).decode("utf-8").splitlines()
+        names = tuple(line.strip() for line in lines if line.strip())
         if len(set(names)) != len(names):
             raise DataError(f"{listed}: a class is listed twice; class ids are the line numbers")
         return names, listed
-    train = source / "train.parquet"
-    if not train.exists():
-        if (found := label_lists.find_lists(source).get("train")) is not None:
+    if not tree.has_file(f"train{_PARQUET}"):
+        if (found := label_lists.find_lists(tree).get("train")) is not None:
             return label_lists.class_names(found), found
         raise DataError(
-            f"{source}: neither classes.txt nor train.parquet or train.tsv to take the class names "
-            "from; write classes.txt, a name in each line"
+            f"{tree.root}: neither classes.txt nor train.parquet or train.tsv to take the class "
+            "names from; write classes.txt, a name in each line"
         )
+    train = tree.file(f"train{_PARQUET}")
     seen: set[str] = set()
-    with _open(train) as parquet:
+    with _open(str(train)) as parquet:
         for group in range(parquet.num_row_groups):
             column = parquet.read_row_group(group, columns=["labels"])["labels"]
             seen.update(name for names in column.to_pylist() if names for name in names)
     return tuple(sorted(seen)), train
 
 
-def _open(path: Path) -> pq.ParquetFile:
+def _open(path: str) -> pq.ParquetFile:
+    source: Any = path if is_local(path) else open_file(path)
     try:
         parquet = pq.ParquetFile(
-            path, buffer_size=1 << 20
+            source, buffer_size=1 << 20
         )  # otherwise a column chunk is read whole
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path}: not a Parquet file ({error})") from None

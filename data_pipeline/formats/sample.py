@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,12 +12,17 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from data_pipeline.archives import File, SourceTree, read_bytes
+from data_pipeline.archives import File, read_bytes
 from data_pipeline.decode import decode_image
 from data_pipeline.errors import DataError
+from data_pipeline.source_tree import SourceTree
 
 IGNORE_LABEL = 255
 MAX_PIXELS = 178_956_970  # a picture that unpacks to more than half a gigabyte is taken for a bomb
+# Filters are for gradients: without one, masks are a fifth smaller and are decoded in less time.
+_PNG_OF_IDS = [
+    cv2.IMWRITE_PNG_COMPRESSION, 7, cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_NONE
+]  # fmt: skip
 _MAGIC = {b"\xff\xd8\xff": "jpg", b"\x89PNG": "png"}
 
 VOC_CLASSES = (
@@ -99,12 +103,11 @@ def require_layout(tree: SourceTree, expected: Sequence[str]) -> None:
     """
     missing = [name for name in expected if not tree.exists(name)]
     if missing:
-        root = tree.root
-        found = sorted(os.listdir(root))[:10] if root.is_dir() else ["no such folder"]
+        found = tree.names()[:10] or ["nothing, or no such folder"]
         packed = f" (or the archives {', '.join(tree.archives)})" if tree.archives else ""
         raise DataError(
-            f"{root}: expected {', '.join(expected)}{packed}; missing {', '.join(missing)}; "
-            f"found: {', '.join(found) or 'nothing'}; name the folder that holds them"
+            f"{tree.root}: expected {', '.join(expected)}{packed}; missing {', '.join(missing)}; "
+            f"found: {', '.join(found)}; name the folder that holds them"
         )
 
 
@@ -208,7 +211,7 @@ def segmentation_sample(key: str, file: File, mask: NDArray[np.uint8], num_class
         raise DataError(
             f"{file}: its mask has unknown ids {unknown}; known: 0..{num_classes - 1}, 255"
         )
-    encoded = cv2.imencode(".png", mask, [cv2.IMWRITE_PNG_COMPRESSION, 6])[1].tobytes()
+    encoded = cv2.imencode(".png", mask, _PNG_OF_IDS)[1].tobytes()
     return Sample(
         key=key,
         image=image,

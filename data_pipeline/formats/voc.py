@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.archives import File, SourceTree, is_inside, read_bytes
+from data_pipeline.archives import File, is_inside, read_bytes
 from data_pipeline.errors import DataError
 from data_pipeline.formats.sample import (
     IGNORE_LABEL,
@@ -26,6 +26,8 @@ from data_pipeline.formats.sample import (
     require_split,
     segmentation_sample,
 )
+from data_pipeline.source_tree import SourceTree
+from data_pipeline.storage import Place
 
 ARCHIVES = {
     "VOCtrainval_11-May-2012.tar": "VOCdevkit",
@@ -39,13 +41,13 @@ _TRAINAUG = "trainaug"
 _COUNTS = {"train": 1464, "val": 1449, _TRAINAUG: 10582, "trainval": 2913}
 
 
-def splits(source: Path) -> tuple[str, ...]:
+def splits(source: Place) -> tuple[str, ...]:
     """The lists in ImageSets/Segmentation, and trainaug where it can be made without one."""
     tree = SourceTree(source, ARCHIVES)
     return _splits(tree, _root(tree))
 
 
-def read_split(source: Path, split: str) -> Split:
+def read_split(source: Place, split: str) -> Split:
     """List one split; those named trainaug* take masks of SegmentationClassAug or SBD.
 
     Raises:

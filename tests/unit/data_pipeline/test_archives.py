@@ -10,7 +10,6 @@ import pytest
 from data_pipeline import archives
 from data_pipeline.archives import (
     HeldMember,
-    SourceTree,
     TarMember,
     ZipMember,
     file_stamp,
@@ -19,6 +18,7 @@ from data_pipeline.archives import (
     tar_members,
 )
 from data_pipeline.errors import DataError
+from data_pipeline.source_tree import SourceTree
 
 CONTENT = {"top/a.txt": b"first", "top/deep/b.bin": bytes(range(256)) * 300, "top/deep/c.jpg": b""}
 

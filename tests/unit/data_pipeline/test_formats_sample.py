@@ -6,7 +6,7 @@ import pytest
 import simplejpeg
 from PIL import Image
 
-from data_pipeline.archives import SourceTree, is_inside
+from data_pipeline.archives import is_inside
 from data_pipeline.errors import DataError
 from data_pipeline.formats import sample
 from data_pipeline.formats.sample import (
@@ -16,6 +16,7 @@ from data_pipeline.formats.sample import (
     require_layout,
     segmentation_sample,
 )
+from data_pipeline.source_tree import SourceTree
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
 

@@ -4,9 +4,11 @@ import io
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 from rich.console import Console
 
 from data_pipeline.dataset import open_dataset
+from orchestrator.config import Prepared
 from orchestrator.job_file import load_job
 from orchestrator.pipeline import run_job
 from orchestrator.report import Display
@@ -52,3 +54,10 @@ def test_a_pipeline_prepares_and_trains_in_a_bucket(
     assert list((tmp_path / "cache").glob("??/*"))
     assert len(losses) == 4
     assert train({"data_root": str(tmp_path / "data")}) == losses
+
+
+def test_raw_data_may_lie_in_a_bucket(tmp_path: Path) -> None:
+    assert Prepared(format="voc", source="s3://bucket/raw/voc").source == "s3://bucket/raw/voc"
+    assert Prepared(format="voc", source=str(tmp_path)).source == str(tmp_path)
+    with pytest.raises(ValidationError, match="not gs:; copy or mount it"):
+        Prepared(format="voc", source="gs://bucket/raw/voc")
