@@ -2,7 +2,9 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ByteSize, ConfigDict, Field
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, field_validator
+
+from data_pipeline.storage import is_local, join
 
 Side = Annotated[int, Field(ge=1)]
 Crop = Side | tuple[Side, Side]
@@ -20,7 +22,7 @@ class TrainData(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     dataset: str = Field(description="name of a prepared data set under data_root")
-    split: str = "train"
+    split: str = Field(default="train", description="of the data set")
     crop: Crop = Field(description="side, or [height, width], of the training crop in pixels")
     scale: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] | None = Field(
         default=None, description="segmentation: range of the random scale; None: [0.5, 2.0]"
@@ -32,7 +34,7 @@ class TrainData(BaseModel):
         default=None,
         description="classification: range of the crop's share of the image; None: 0.08 to 1",
     )
-    flip: bool = True
+    flip: bool = Field(default=True, description="mirror half of the samples")
     block_size: Annotated[int, Field(ge=1)] = Field(
         default=1, description="samples read together; 1: full shuffle (disk), 64-256: object store"
     )
@@ -43,13 +45,77 @@ class EvalData(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    dataset: str
-    split: str = "val"
+    dataset: str = Field(description="name of a prepared data set under data_root")
+    split: str = Field(default="val", description="of the data set")
     crop: Crop | None = Field(
         default=None,
         description="segmentation: size every image is padded to (None: each to its own k*16+1); "
         "classification: centre crop of 0.875 of the image (None: the training crop)",
     )
+
+
+class ShardContents(BaseModel):
+    """What the samples of WebDataset shards that others wrote consist of."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    task: Literal["segmentation", "classification", "multilabel"] = Field(
+        description="what the labels are for"
+    )
+    image: tuple[str, ...] = Field(
+        default=("jpg", "jpeg", "png", "webp"),
+        min_length=1,
+        description="extensions of the picture; the first that a sample has counts",
+    )
+    label: tuple[str, ...] | None = Field(
+        default=None,
+        min_length=1,
+        description="extensions of the label, such as cls, json or json:field (a field of a JSON "
+        "object); null: cls; of multilabel json, cls; of segmentation seg.png, mask.png, png",
+    )
+    classes: str | tuple[str, ...] | Annotated[int, Field(ge=1)] = Field(
+        description="names in the order of their ids, a .yaml or .txt file of them, or how many"
+    )
+
+    @field_validator("image", "label", mode="before")
+    @classmethod
+    def _as_extensions(cls, value: object) -> object:
+        """A text with commas is a list; a leading dot goes."""
+        parts = value.replace(";", ",").split(",") if isinstance(value, str) else value
+        if not isinstance(parts, list | tuple):
+            return parts
+        return tuple(p.strip().lstrip(".") if isinstance(p, str) else p for p in parts)
+
+
+class Shards(ShardContents):
+    """WebDataset shards that others wrote, indexed once and read where they lie."""
+
+    splits: dict[str, str | tuple[str, ...]] = Field(
+        min_length=1,
+        description="shards of each split, below source: files, also with {000..012} or *, or the "
+        "folder that holds them",
+    )
+
+    def below(self, source: str) -> "Shards":
+        """The same with whole places instead of those below `source`."""
+
+        def place(name: str) -> str:
+            return join(source, name) if is_local(name) else name
+
+        return self.model_copy(
+            update={
+                "classes": place(self.classes) if isinstance(self.classes, str) else self.classes,
+                "splits": {split: tuple(map(place, names)) for split, names in self.places.items()},
+            }
+        )
+
+    @property
+    def places(self) -> dict[str, tuple[str, ...]]:
+        """The shards of each split."""
+        return {
+            split: (names,) if isinstance(names, str) else names
+            for split, names in self.splits.items()
+        }
 
 
 class Cache(BaseModel):
@@ -70,8 +136,8 @@ class DataConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    train: TrainData
-    val: EvalData
+    train: TrainData = Field(description="what is trained on")
+    val: EvalData = Field(description="what is evaluated on")
     threads: Annotated[int, Field(ge=1)] = Field(
         default=4, description="decoding threads of a worker"
     )

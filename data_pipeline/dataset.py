@@ -1,6 +1,6 @@
 """One prepared split: from the number of a sample to its bytes, checked."""
 
-import zlib
+import json
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path, PurePosixPath
@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
+from zlib_ng import zlib_ng
 
 from data_pipeline.config import Cache
 from data_pipeline.errors import DataError
@@ -48,6 +49,7 @@ class _Rows:
 
     keys: pa.ChunkedArray
     numbers: NDArray[np.int64]  # (rows, 9)
+    labels: pa.ChunkedArray | None = None  # encoded; None: in the shard
 
     def sample(self, row: int, span: bytes, start: int) -> RawSample:
         """Cut the sample of `row` out of `span`, bytes of the shard from `start` on."""
@@ -55,16 +57,27 @@ class _Rows:
         return RawSample(
             key=self.keys[row].as_py(),
             image=span[image - start : image - start + image_size],
-            label=span[label - start : label - start + label_size],
+            label=span[label - start : label - start + label_size]
+            if self.labels is None
+            else self.labels[row].as_py(),
             width=width,
             height=height,
         )
+
+    def part(self, first: int, stop: int) -> "_Rows":
+        """Copies of some rows, which do not keep all of them alive."""
+
+        def copy(column: pa.ChunkedArray) -> pa.ChunkedArray:
+            return pa.chunked_array([column.slice(first, stop - first).to_pylist()], column.type)
+
+        labels = None if self.labels is None else copy(self.labels)
+        return _Rows(copy(self.keys), self.numbers[first:stop].copy(), labels)
 
     def is_whole(self, row: int, span: bytes, start: int) -> bool:
         """Whether the bytes of the sample of `row` in `span` have its checksum."""
         offset, size, crc32 = self.numbers[row, :3].tolist()
         part = memoryview(span)[offset - start : offset - start + size]
-        return len(part) == size and zlib.crc32(part) == crc32
+        return len(part) == size and zlib_ng.crc32(part) == crc32
 
 
 @dataclass(frozen=True)
@@ -90,11 +103,16 @@ class Block:
         offset, size = self.rows.numbers[local, :2].tolist()
         span = self.dataset.read_again(self.shard, self.start, len(self.span), offset, size)
         if not self.rows.is_whole(local, span, offset):
-            name = join(self.dataset.place, self.dataset.manifest.shards[self.shard].name)
+            manifest = self.dataset.manifest
+            name = join(manifest.shard_storage.place, manifest.shards[self.shard].name)
+            cure = (
+                "copy the shard again or prepare the data set again"
+                if manifest.shards_at is None
+                else "it has changed since it was indexed: index it again (atrous data index)"
+            )
             raise DataError(
                 f"{name}: sample {self.rows.keys[local].as_py()!r}, bytes {offset} to "
-                f"{offset + size}, has another checksum than the manifest says; copy the shard "
-                "again or prepare the data set again"
+                f"{offset + size}, has another checksum than the manifest says; {cure}"
             )
         return self.rows.sample(local, span, offset)
 
@@ -110,6 +128,7 @@ class Dataset:
             if PurePosixPath(shard.name).is_absolute() or ".." in PurePosixPath(shard.name).parts:
                 raise DataError(f"{manifest.place}: shard {shard.name!r} lies outside the data set")
         self._storage = manifest.storage
+        self._shards = manifest.shard_storage
         self._cache = cache
         self._reader = RowReader(manifest, self._read_manifest)
         longest = max((shard.num_samples for shard in manifest.shards), default=1)
@@ -130,7 +149,7 @@ class Dataset:
     @property
     def remote(self) -> bool:
         """Whether reading takes network round trips, which are worth doing ahead of time."""
-        return self._storage.remote
+        return self._shards.remote
 
     @cached_property
     def shard_samples(self) -> tuple[int, ...]:
@@ -162,16 +181,13 @@ class Dataset:
         """
         rows = self._rows.get(shard)
         span, start = self._read_span(shard, rows, first, stop)
-        # Copies, so that a block does not keep the rows of its whole shard alive.
-        keys = pa.chunked_array([rows.keys.slice(first, stop - first).to_pylist()])
-        part = _Rows(keys, rows.numbers[first:stop].copy())
-        return Block(self, shard, first, part, span, start)
+        return Block(self, shard, first, rows.part(first, stop), span, start)
 
     def read_again(self, shard: int, start: int, length: int, offset: int, size: int) -> bytes:
         """Read bytes of a shard from the storage, and forget the range that had them cached."""
         if self._cache is not None:
             self._cache.discard(self._cache_key(shard, start, length))
-        return self._storage.read(self.manifest.shards[shard].name, offset, size)
+        return self._shards.read(self.manifest.shards[shard].name, offset, size)
 
     def largest_size(self) -> tuple[int, int]:
         """The greatest height and the greatest width of any image in pixels; (0, 0) if empty."""
@@ -187,9 +203,14 @@ class Dataset:
         return np.cumsum(np.asarray(self.shard_samples, np.int64))
 
     def _load_rows(self, shard: int) -> _Rows:
-        table = self._reader.read(shard, ["key", *_NUMBERS])
+        manifest, labels = self.manifest, None
+        in_rows = manifest.shards_at is not None and manifest.task != "segmentation"
+        table = self._reader.read(shard, ["key", *_NUMBERS, *(["labels"] if in_rows else [])])
         numbers = np.stack([table[name].to_numpy().astype(np.int64) for name in _NUMBERS], axis=1)
-        return _Rows(table["key"], numbers)
+        if in_rows:
+            encode = _encode_class if manifest.task == "classification" else _encode_classes
+            labels = pa.chunked_array([[encode(ids) for ids in table["labels"].to_pylist()]])
+        return _Rows(table["key"], numbers, labels)
 
     def _read_manifest(self, offset: int, size: int, again: bool) -> bytes:
         read = partial(self._storage.read, FILE_NAME, offset, size)
@@ -204,7 +225,7 @@ class Dataset:
         """The bytes of the rows `first` to before `stop`, and their offset in the shard."""
         start = int(rows.numbers[first, 0])
         size = int(rows.numbers[stop - 1, :2].sum()) - start
-        read = partial(self._storage.read, self.manifest.shards[shard].name, start, size)
+        read = partial(self._shards.read, self.manifest.shards[shard].name, start, size)
         if self._cache is None:
             return read(), start
 
@@ -231,11 +252,27 @@ def open_dataset(
     place = join(root, name, split)
     storage = open_storage(place)
     if storage.size(FILE_NAME) is None:
+        # Listing a bucket may take minutes.
+        if not storage.remote and any(name.endswith(".tar") for name in storage.names("")):
+            raise DataError(
+                f"{place}: shards without a manifest. Index them once, where they are: "
+                f"`atrous data index {place} {join(root, name)} --split {split} --task ... "
+                "--classes ...`; or copy the manifest that was written with them"
+            )
         raise DataError(
-            f"{place}: no prepared data set{_listing(root)}. "
-            "Prepare it with `atrous data prepare` or correct dataset, split or data root"
+            f"{place}: no prepared data set{_listing(root)}. Prepare it with `atrous data prepare` "
+            "(of WebDataset shards: `atrous data index`) or correct dataset, split or data root"
         )
-    return Dataset(read_manifest(place), _node_cache(cache, storage))
+    manifest = read_manifest(place)
+    return Dataset(manifest, _node_cache(cache, manifest.shard_storage))
+
+
+def _encode_class(ids: list[int]) -> bytes:
+    return str(ids[0]).encode("ascii")
+
+
+def _encode_classes(ids: list[int]) -> bytes:
+    return json.dumps(ids).encode("ascii")
 
 
 def _node_cache(cache: Cache | Literal[False] | None, storage: Storage) -> NodeCache | None:

@@ -8,6 +8,7 @@ shards a row group holds several neighbouring ones: every reader has to parse th
 import hashlib
 import io
 import json
+import os
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -19,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_pipeline.errors import DataError
-from data_pipeline.storage import LocalStorage, Place, Storage, join, open_storage
+from data_pipeline.storage import LocalStorage, Place, Storage, is_local, join, open_storage
 
 FILE_NAME = "manifest.parquet"
 FORMAT_VERSION = 2
@@ -60,7 +61,7 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """One tar file of a data set; `name` is relative to the manifest."""
+    """One tar file of a data set; `name` is relative to the place of the shards."""
 
     name: str
     size: int
@@ -70,9 +71,11 @@ class Shard:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What a prepared split consists of.
+    """What a prepared or indexed split consists of.
 
-    Where it was read from, `storage` with its shards beside it, is no part of its identity.
+    Where it was read from, `storage`, and where its shards lie are no part of its identity. They
+    lie beside it; those of an index, which others wrote, at `shards_at`: a place, or one relative
+    to the manifest. There the class ids of a sample are in its row (`labels`), not in the shard.
     """
 
     dataset: str
@@ -83,6 +86,7 @@ class Manifest:
     shards: tuple[Shard, ...]
     has_labels: bool = True  # False: pictures only, such as a test split whose labels are secret
     source: dict[str, Any] = field(default_factory=dict)  # raw path, layout, skipped inputs
+    shards_at: str | None = field(default=None, compare=False)
     storage: Storage | None = field(default=None, compare=False, repr=False)
     footer: Any = field(default=None, compare=False, repr=False)  # Parquet's, with it
 
@@ -95,6 +99,18 @@ class Manifest:
     def path(self) -> Path | None:
         """The file it was read from, if that is on this machine."""
         return self.storage.root / FILE_NAME if isinstance(self.storage, LocalStorage) else None
+
+    @cached_property
+    def shard_storage(self) -> Storage:
+        """Where the shards are."""
+        if self.storage is None:
+            raise ValueError("this manifest was not read from a file, so it has no shards")
+        if self.shards_at is None:
+            return self.storage
+        place = self.shards_at
+        if is_local(place) and not os.path.isabs(place):
+            place = join(os.path.normpath(f"{self.storage.place}/{place}"))
+        return open_storage(place)
 
     @property
     def num_samples(self) -> int:
@@ -110,6 +126,8 @@ class Manifest:
             "ignore_label": self.ignore_label,
             "shards": [(shard.sha256, shard.num_samples) for shard in self.shards],
         }
+        if self.shards_at is not None:  # the same shards can be read in several ways
+            content["contents"] = self.source["contents"]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def read_rows(self, shard: int, columns: Sequence[str] | None = None) -> pa.Table:
@@ -227,6 +245,8 @@ def write_manifest(place: Place, manifest: Manifest, rows: Iterable[pa.Table]) -
     """
     content = asdict(replace(manifest, storage=None, footer=None))
     del content["storage"], content["footer"]
+    if manifest.shards_at is None:
+        del content["shards_at"]
     header = {"version": FORMAT_VERSION, "digest": manifest.digest} | content
     with (
         open_storage(place).writing(FILE_NAME) as file,

@@ -54,8 +54,7 @@ def verify(dataset: Dataset, threads: int = 4) -> Iterator[ShardReport]:
 
 
 def _check_shard(manifest: Manifest, rows: RowReader, number: int) -> ShardReport:
-    shard, storage = manifest.shards[number], manifest.storage
-    assert storage is not None  # RowReader has asked for it
+    shard, storage = manifest.shards[number], manifest.shard_storage
     report = ShardReport(name=shard.name, num_samples=shard.num_samples, size=shard.size)
     try:
         size = storage.size(shard.name)

@@ -16,6 +16,7 @@ from data_pipeline.formats.sample import Item, Sample, make_key, multilabel_samp
 
 _IMAGES = ("jpg", "jpeg", "png")
 _LABELS = ("json", "cls")
+_SEPARATORS = re.compile(r"[,\n]")
 _NUMBERED = re.compile(r"(.+?)[-_.]\d+\.tar")
 
 
@@ -64,20 +65,47 @@ def load(class_ids: Mapping[str, int], item: Item) -> Sample:
             f"{item.label}; a sample needs one of {', '.join(_IMAGES)} and of {', '.join(_LABELS)}"
         )
     image, label = item.files
-    labels = _parse(read_bytes(label), str(label))
+    labels = parse_labels(read_bytes(label), str(label))
     return multilabel_sample(item, read_bytes(image), labels, class_ids, str(image))
 
 
-def _parse(data: bytes, where: str) -> list[str | int]:
+def parse_labels(data: bytes, where: str, field: str = "") -> list[str | int]:
+    """The labels in a member called `where`: class names or ids.
+
+    Of .json the text is one of them, a list of them, or an object with them under `field`
+    (without a field: under labels or label). Of all else it is names or ids between commas.
+
+    Raises:
+        DataError: it is none of that.
+    """
     try:
         text = data.decode("utf-8")
         if not where.lower().endswith(".json"):
-            parts = [part.strip() for part in text.split(",")]
+            parts = [part.strip() for part in _SEPARATORS.split(text)]
             return [int(part) if part.isdigit() else part for part in parts if part]
         content: Any = json.loads(text)
-        labels = content["labels"] if isinstance(content, dict) else content
-        if not isinstance(labels, list) or not all(type(entry) in (str, int) for entry in labels):
+        if isinstance(content, dict):
+            content = content[field or ("label" if "labels" not in content else "labels")]
+        labels = content if isinstance(content, list) else [content]
+        if not all(type(entry) in (str, int) for entry in labels):
             raise ValueError("no list of names or ids")
     except (KeyError, ValueError) as error:
         raise DataError(f"{where}: labels cannot be read ({error!r})") from None
     return labels
+
+
+def to_class_ids(
+    labels: Sequence[str | int], class_ids: Mapping[str, int], where: str
+) -> list[int]:
+    """The ids of labels, ascending, each once.
+
+    Raises:
+        DataError: one is none of the classes.
+    """
+    ids = {label: class_ids.get(label, -1) if isinstance(label, str) else label for label in labels}
+    unknown = [str(label) for label, number in ids.items() if not 0 <= number < len(class_ids)]
+    if unknown:
+        raise DataError(
+            f"{where}: unknown labels {', '.join(unknown[:10])}; there are {len(class_ids)} classes"
+        )
+    return sorted(set(ids.values()))
