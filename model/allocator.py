@@ -19,4 +19,4 @@ def keep_freed_memory() -> bool:
     if not sys.platform.startswith("linux"):
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
-    return mallopt is not None and all([mallopt(*setting) for setting in _SETTINGS])
+    return mallopt is not None and min(mallopt(*setting) for setting in _SETTINGS) == 1

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from torch import nn
@@ -31,17 +34,50 @@ def build_network(config: ModelConfig, task: Task, num_classes: int) -> Network:
     raise ValueError(f"task is {task!r}; choose classification, multilabel or segmentation")
 
 
-def decay_groups(network: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Parameter groups for an optimizer: weight decay on convolution and linear weights only.
+def parameter_groups(
+    network: nn.Module,
+    weight_decay: float,
+    lr_multipliers: Mapping[str, float] = MappingProxyType({}),
+) -> list[dict[str, Any]]:
+    """Parameter groups for an optimizer, named and in the order of their names.
 
-    Depthwise weights, batch normalisation and biases are not decayed, as in the reference.
+    Weight decay is on convolution and linear weights only: depthwise weights, batch normalisation
+    and biases are not decayed, as in the reference. `lr_multipliers` are factors on the rate of
+    parameters whose name begins so (whole parts between dots); the longest beginning counts.
+
+    Raises:
+        ValueError: no parameter's name begins so.
     """
     decayed = {id(module.weight) for module in network.modules() if _is_decayed(module)}
-    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    named = sorted(network.named_parameters(), key=lambda item: item[0])
+    _check_beginnings(lr_multipliers, [name for name, _ in named])
+    groups: dict[tuple[float, float], list[tuple[str, nn.Parameter]]] = {}
+    for name, parameter in named:
+        if parameter.requires_grad:
+            beginning = max((b for b in lr_multipliers if _begins(name, b)), key=len, default="")
+            factor = lr_multipliers.get(beginning, 1.0)
+            decay = weight_decay if id(parameter) in decayed else 0.0
+            groups.setdefault((factor, decay), []).append((name, parameter))
     return [
-        {"params": [p for p in parameters if id(p) in decayed], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if id(p) not in decayed], "weight_decay": 0.0},
+        {"params": members, "lr_multiplier": factor, "weight_decay": decay}
+        for (factor, decay), members in groups.items()
     ]
+
+
+def _begins(name: str, beginning: str) -> bool:
+    return f"{name}.".startswith(f"{beginning}.")
+
+
+def _check_beginnings(beginnings: Iterable[str], names: list[str]) -> None:
+    known = sorted({name.split(".")[0] for name in names})
+    for beginning in beginnings:
+        if not any(_begins(name, beginning) for name in names):
+            near = difflib.get_close_matches(beginning, {*known, *names}, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise ValueError(
+                f"lr_multipliers: no parameter's name begins with {beginning!r}; {hint}"
+                f"names begin with {', '.join(known)}"
+            )
 
 
 def freeze_batch_norm(network: nn.Module) -> None:

@@ -44,8 +44,12 @@ class DecoderConfig(BaseModel):
     low_level_channels: Annotated[int, Field(ge=1)] = Field(
         default=48, description="to which a 1x1 convolution reduces them (Table 1)"
     )
-    channels: Annotated[int, Field(ge=1)] = 256
-    kernel_size: Literal[1, 3] = 3
+    channels: Annotated[int, Field(ge=1)] = Field(
+        default=256, description="of its refining convolutions (Table 2)"
+    )
+    kernel_size: Literal[1, 3] = Field(
+        default=3, description="of its refining convolutions (Table 2)"
+    )
     num_convs: Annotated[int, Field(ge=1, le=3)] = Field(
         default=2, description="refining convolutions after each join"
     )
@@ -109,8 +113,10 @@ class ModelConfig(BaseModel):
     output_stride: OutputStride | None = Field(
         default=None, description="None: 16 for segmentation, 32 for the other tasks"
     )
-    aspp_channels: Annotated[int, Field(ge=1)] = 256
-    image_level_features: bool = True
+    aspp_channels: Annotated[int, Field(ge=1)] = Field(
+        default=256, description="of each ASPP branch and of the encoder's output"
+    )
+    image_level_features: bool = Field(default=True, description="the ASPP branch of image pooling")
     separable: bool = Field(
         default=True, description="atrous separable convolution in ASPP and decoder"
     )
@@ -120,4 +126,6 @@ class ModelConfig(BaseModel):
     dropout: Annotated[float, Field(ge=0, lt=1)] | None = Field(
         default=None, description="None: 0.1 after ASPP, 0.5 before a classifier (the reference's)"
     )
-    batch_norm: BatchNormConfig = BatchNormConfig()
+    batch_norm: BatchNormConfig = Field(
+        default=BatchNormConfig(), description="how statistics are taken"
+    )

@@ -55,7 +55,10 @@ class SyncBatchNorm(nn.BatchNorm2d):
     def _elsewhere(self, x: Tensor, momentum: float) -> Tensor:
         """What torch has a kernel for on GPUs alone, differentiable, in float32 or better."""
         values = x.to(torch.promote_types(x.dtype, torch.float32))
-        own_var, own_mean = torch.var_mean(values, dim=(0, 2, 3), correction=0)
+        if len(x):
+            own_var, own_mean = torch.var_mean(values, dim=(0, 2, 3), correction=0)
+        else:  # zeros that pass gradients on, as those of the others do
+            own_var = own_mean = values.sum(dim=(0, 2, 3))
         own_count = own_mean.new_full((1,), x.numel() // x.shape[1])
         rows = _rows_of_workers(torch.cat([own_count, own_mean, own_var]))
         counts, means, variances = rows.split((1, x.shape[1], x.shape[1]), dim=1)

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from data_pipeline.config import DataConfig
+from data_pipeline.config import DataConfig, Shards
 from data_pipeline.storage import is_local, open_storage
 from model.config import ModelConfig, Task
 from orchestrator.duration import Duration
@@ -80,34 +80,48 @@ class _Places(Section):
 class StageSettings(Section):
     """One training run of one task on one data set from one starting point."""
 
-    name: Name
-    task: Task
+    name: Name = Field(description="of the stage; later stages start from it by this name")
+    task: Task = Field(
+        description="segmentation: DeepLabv3+; classification, multilabel: its backbone, classifier"
+    )
     start_from: StartFrom | None = Field(default=None, description="None: from scratch")
-    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
-    model: ModelConfig = ModelConfig()
-    loss: Loss = Loss()
-    data: DataConfig
-    optimizer: Optimizer
-    schedule: Schedule
-    ema: Ema | None = None
-    global_batch: Annotated[int, Field(ge=1)]
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(
+        default=0, description="of initial weights, order of samples, augmentation and dropout"
+    )
+    model: ModelConfig = Field(default=ModelConfig(), description="the network")
+    loss: Loss = Field(default=Loss(), description="what is minimised")
+    data: DataConfig = Field(description="what is trained and evaluated on")
+    optimizer: Optimizer = Field(description="how the weights move")
+    schedule: Schedule = Field(description="the learning rate over time")
+    ema: Ema | None = Field(default=None, description="moving average of the weights; null: none")
+    global_batch: Annotated[int, Field(ge=1)] = Field(
+        description="samples of one optimizer step, over all workers"
+    )
     micro_batch: Annotated[int, Field(ge=1)] | Literal["auto"] | None = Field(
         default=None,
         description="most samples that go through the network at once on a worker, whose gradients "
         "are accumulated to the global batch; null: its whole part; auto: what fits in memory",
     )
-    steps: Annotated[int, Field(ge=1)] | None = None
-    epochs: Annotated[float, Field(gt=0)] | None = None
+    steps: Annotated[int, Field(ge=1)] | None = Field(
+        default=None, description="length of the training; or give epochs"
+    )
+    epochs: Annotated[float, Field(gt=0)] | None = Field(
+        default=None, description="length of the training; or give steps"
+    )
     precision: Precision = Field(
         default="auto",
         description="auto: bfloat16 autocast on a GPU that has it, else float32; tf32: float32 "
         "with products in TensorFloat-32; float16: autocast with a loss scale",
     )
     compile: bool = Field(default=False, description="torch.compile the network's blocks")
-    evaluate: Evaluate = Evaluate()
-    checkpoint: Checkpoints = Checkpoints()
-    log_every: Duration = 20
-    cluster: Cluster = Cluster()
+    evaluate: Evaluate = Field(
+        default=Evaluate(), description="when and how the validation split is evaluated"
+    )
+    checkpoint: Checkpoints = Field(
+        default=Checkpoints(), description="when checkpoints are written and which stay"
+    )
+    log_every: Duration = Field(default=20, description="time between lines of the journal")
+    cluster: Cluster = Field(default=Cluster(), description="what the stage asks of Ray")
 
     @model_validator(mode="before")
     @classmethod
@@ -159,7 +173,7 @@ class StageSettings(Section):
 class StageJob(_Places, StageSettings):
     """A job file of `kind: stage`."""
 
-    kind: Literal["stage"]
+    kind: Literal["stage"] = Field(description="a stage alone")
 
     @property
     def settings(self) -> StageSettings:
@@ -170,33 +184,53 @@ class StageJob(_Places, StageSettings):
 class Prepared(Section):
     """A data set that a pipeline prepares before its first stage, once."""
 
-    format: Literal["imagenet", "multilabel", "coco", "voc", "cityscapes", "folder"]
-    source: LocalPath | None = Field(
-        default=None, description="directory in the original layout, unpacked or in its archives"
+    format: Literal["imagenet", "multilabel", "coco", "voc", "cityscapes", "folder", "shards"] = (
+        Field(description="original layout of the source; shards: WebDataset's, read in place")
+    )
+    source: LocalOrBucket | None = Field(
+        default=None,
+        description="directory or s3://bucket/prefix in the original layout, unpacked or in its "
+        "archives",
     )
     synthesize: dict[str, Any] | None = Field(
         default=None, description="draw the source instead: options of `atrous data synthesize`"
     )
-    splits: tuple[str, ...] | None = None
+    shards: Shards | None = Field(
+        default=None, description="format shards: which they are and what their samples consist of"
+    )
+    splits: tuple[str, ...] | None = Field(
+        default=None, description="only these; null: all of the layout"
+    )
     limit: Annotated[int, Field(ge=1)] | None = Field(
         default=None, description="at most so many samples of each split (a seeded choice)"
     )
-    on_broken: Literal["fail", "skip"] = "fail"
+    on_broken: Literal["fail", "skip"] = Field(
+        default="fail", description="input that cannot be read; skip: left out and counted"
+    )
 
     @model_validator(mode="after")
     def _one_source(self) -> "Prepared":
         if (self.source is None) == (self.synthesize is None):
             raise ValueError("give exactly one of source and synthesize")
+        if (self.format == "shards") != (self.shards is not None):
+            raise ValueError("format: shards goes together with the section shards")
+        if self.shards and (self.synthesize or self.limit or self.splits):
+            raise ValueError("format: shards takes all of its shards.splits: no splits, no limit")
         return self
 
 
 class PipelineJob(_Places):
     """A job file of `kind: pipeline`: a DAG of stages, linked by their start_from."""
 
-    kind: Literal["pipeline"]
-    name: Name
-    datasets: dict[Name, Prepared] = Field(default={})
-    stages: tuple[StageSettings, ...]
+    kind: Literal["pipeline"] = Field(description="stages as a DAG")
+    name: Name = Field(description="of the pipeline")
+    datasets: dict[Name, Prepared] = Field(
+        default={},
+        description="data sets to prepare before the first stage, by name",
+    )
+    stages: tuple[StageSettings, ...] = Field(
+        description="stages, each written out or the name of its job file"
+    )
 
     @model_validator(mode="after")
     def _runnable(self) -> "PipelineJob":
@@ -212,6 +246,18 @@ class PipelineJob(_Places):
                 del waiting[name]
         if waiting:
             raise ValueError(f"stages: {', '.join(waiting)} start from each other, in a circle")
+        return self
+
+    @model_validator(mode="after")
+    def _best_is_kept(self) -> "PipelineJob":
+        keep_none = {stage.name for stage in self.stages if not stage.checkpoint.keep_best}
+        for stage in self.stages:
+            wanted = stage.start_from
+            if wanted and wanted.which == "best" and wanted.checkpoint in keep_none:
+                raise ValueError(
+                    f"stages: {stage.name} starts from the best checkpoint of "
+                    f"{wanted.checkpoint}, which keeps none: give that checkpoint.keep_best: 1"
+                )
         return self
 
 

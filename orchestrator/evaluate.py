@@ -21,9 +21,16 @@ Size = tuple[int, int]
 
 
 def evaluate(
-    network: Network, stage: StageSettings, split: Dataset, place: Place
+    network: Network,
+    stage: StageSettings,
+    split: Dataset,
+    place: Place,
+    alive: Callable[[str], None] = lambda _: None,
 ) -> dict[str, float]:
-    """Evaluate a whole split, each worker its part, on the network without DDP around it."""
+    """Evaluate a whole split, each worker its part, on the network without DDP around it.
+
+    `alive` is told of every sample.
+    """
     manifest = split.manifest
     new_metrics = partial(make_metrics, stage.task, manifest.class_names, manifest.ignore_label)
     metrics = new_metrics()
@@ -40,14 +47,21 @@ def evaluate(
         crop=stage.data.val.crop or stage.data.train.crop,
         threads=stage.data.threads,
     )
+    samples = _told(loader, alive)
     with place.autocast(), torch.no_grad():
         if isinstance(network, DeepLab):
-            _segment(network, loader, metrics, stage, place.device)
+            _segment(network, samples, metrics, stage, place.device)
         else:
-            _classify(network, loader, metrics, stage.evaluate.batch, place.device)
+            _classify(network, samples, metrics, stage.evaluate.batch, place.device)
     network.set_output_stride(trained_stride)
     result = merge(new_metrics(), place.gather(metrics.state()), split.num_samples)
     return {f"val/{name}": value for name, value in result.items()}
+
+
+def _told(samples: Iterable[EvalSample], alive: Callable[[str], None]) -> Iterator[EvalSample]:
+    for sample in samples:
+        alive("evaluates")
+        yield sample
 
 
 def _segment(

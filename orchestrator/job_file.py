@@ -2,7 +2,7 @@
 
 import difflib
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -20,13 +20,13 @@ def load_job(path: Path, overrides: tuple[str, ...] = ()) -> Job:
         JobFileError: names the file, the field, the value and the cure.
     """
     raw = _read_yaml(path)
-    for override in overrides:
-        _apply(raw, override)
     kind = raw.get("kind")
     if not isinstance(kind, str) or kind not in KINDS:
         raise JobFileError(f"{path}: kind: {kind!r} is not one of {', '.join(KINDS)}")
     if kind == "pipeline":
         _inline_stages(raw, path)
+    for override in overrides:
+        _apply(raw, override)
     schema = KINDS[kind]
     try:
         return schema.model_validate(raw)
@@ -129,18 +129,33 @@ def _describe(schema: type[BaseModel], raw: Any, detail: Any) -> str:
     kind = detail["type"]
     if kind == "extra_forbidden":
         name = str(detail["loc"][-1])
-        known = sorted(_fields_at(schema, detail["loc"][:-1]))
+        sections = _models_at(schema, detail["loc"][:-1])
+        known = sorted({name for section in sections for name in section.model_fields})
         near = difflib.get_close_matches(name, known, 1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
         return f"{field}: unknown key; {hint}"
     if kind == "missing":
-        return f"{_dotted(raw, detail['loc'])}: is required"
+        if location[-1:] != detail["loc"][-1:]:
+            location += detail["loc"][-1:]
+        return f"{_dotted(raw, location)}: is required"
+    if kind.startswith("union_tag_"):
+        kinds = [kind for arm in _models_at(schema, detail["loc"]) for kind in _kinds(arm)]
+        return _describe_choice(field, detail["input"].get("name"), kinds)
     message = detail["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
     message = message[0].lower() + message[1:]
     value = detail["input"]
     if isinstance(value, dict | list | BaseModel):
         return f"{field}: {message}"
     return f"{field}: {value!r}: {message}"
+
+
+def _describe_choice(field: str, name: Any, kinds: list[str]) -> str:
+    """One line for a section that comes in several kinds and has a wrong name, or none."""
+    if name is None:
+        return f"{field}.name: is required; choose {', '.join(kinds)}"
+    near = difflib.get_close_matches(str(name), kinds, 1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return f"{field}.name: {name!r}: {hint}choose {', '.join(kinds)}"
 
 
 def _is_in(raw: Any, location: tuple[Any, ...], part: Any) -> bool:
@@ -170,19 +185,23 @@ def _dotted(raw: Any, location: tuple[Any, ...]) -> str:
     return text
 
 
-def _fields_at(schema: Any, location: tuple[Any, ...]) -> set[str]:
-    """The keys a section of the schema knows; follows field names, list items and union arms."""
+def _models_at(schema: Any, location: tuple[Any, ...]) -> list[type[BaseModel]]:
+    """The sections that may stand there; follows field names, list items and union arms."""
     if not location:
-        return _fields(schema)
+        return _models(schema)
     part, rest = location[0], location[1:]
     for candidate in _models(schema):
-        if isinstance(part, str) and part in candidate.model_fields:
-            return _fields_at(candidate.model_fields[part].annotation, rest)
-    return _fields_at(schema, rest)
+        if part in candidate.model_fields:
+            return _models_at(candidate.model_fields[part].annotation, rest)
+        if part in _kinds(candidate):
+            return _models_at(candidate, rest)
+    return _models_at(schema, rest)
 
 
-def _fields(schema: Any) -> set[str]:
-    return {name for model in _models(schema) for name in model.model_fields}
+def _kinds(section: type[BaseModel]) -> tuple[Any, ...]:
+    """The values of `name` that say that a section is this one."""
+    name = section.model_fields.get("name")
+    return get_args(name.annotation) if name and get_origin(name.annotation) is Literal else ()
 
 
 def _models(annotation: Any) -> list[type[BaseModel]]:

@@ -2,8 +2,8 @@
 
 import math
 from collections import deque
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -12,44 +12,49 @@ from torch.nn.utils import get_total_norm
 
 from data_pipeline.loader import Batch
 from model.build import freeze_batch_norm
+from model.compilation import compile_blocks
 from orchestrator.config import StageSettings
 from orchestrator.errors import NonFiniteError
+from orchestrator.loop import Metrics
 from orchestrator.meters import Meters
+from orchestrator.passes import num_passes
 from orchestrator.place import Place
+from orchestrator.stop import Wish
 from orchestrator.task import Loss
+from orchestrator.train_state import TrainState
+
+# float16: at this loss scale gradients are as they come, so it is not the scale that overflows.
+_SMALLEST_SCALE = 1.0
 
 
 class Learner:
     """Forward, backward and optimizer step of a network.
 
-    `asked_to_stop` is this worker's own wish; `must_stop` becomes true on all workers, after the
-    same step, once one of them has it.
+    `asked_to_stop` is this worker's own wish; `must_save` and `must_stop` become true on all
+    workers, after the same step, once one of them has it.
     """
 
     def __init__(
         self,
-        network: torch.nn.Module,
+        state: TrainState,
         stage: StageSettings,
         place: Place,
         loss: Loss,
-        optimizer: torch.optim.Optimizer,
         meters: Meters,
-        asked_to_stop: Callable[[], bool],
+        asked_to_stop: Callable[[], Wish],
     ) -> None:
-        self._network = network
-        self._distributed = place.distribute(network)
-        self._optimizer = optimizer
+        self._state = state
+        self._stage = stage
         self._place = place
         self._loss = loss
         self._meters = meters
         self._asked_to_stop = asked_to_stop
-        self._frozen = stage.model.batch_norm.frozen
-        self._clip_norm = stage.optimizer.clip_norm
-        self._global_batch = stage.global_batch
-        self._passes = num_passes(stage, place.world)
-        self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self._compile()
+        self._distributed = place.distribute(state.network)
+        groups = state.optimizer.param_groups
+        self._parameters = [parameter for group in groups for parameter in group["params"]]
         self._unread: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
-        self.must_stop = False
+        self.must_save = self.must_stop = False
 
     def update(self, step: int, batch: Batch, rate: float) -> None:
         """Train on one step's batch at a learning rate.
@@ -59,44 +64,48 @@ class Learner:
 
         Raises:
             NonFiniteError: on every worker, the loss or gradient of this or the step before is
-                not finite.
+                not finite. In float16 a gradient that overflows passes over the step instead and
+                lowers the loss scale, as long as that can be the reason.
         """
-        place = self._place
-        for group in self._optimizer.param_groups:
-            group["lr"] = rate * group.get("lr_multiplier", 1.0)
-        self._network.train()
-        if self._frozen:
-            freeze_batch_norm(self._network)
+        place, state = self._place, self._state
+        for group in state.optimizer.param_groups:
+            group["lr"] = rate * group["lr_multiplier"]
+        state.network.train()
+        if self._stage.model.batch_norm.frozen:
+            freeze_batch_norm(state.network)
         images = batch.images.to(place.device, non_blocking=True)
         labels = batch.labels.to(place.device, non_blocking=True)
         # Near the count, which is known only afterwards: keeps gradients in float16's range.
-        expected = labels[0].numel() * self._global_batch
+        expected = labels[0].numel() * self._stage.global_batch
         total, count = self._backward(images, labels, step, place.world / expected)
 
-        own = torch.stack(
-            [total, count, ~total.isfinite(), total.new_tensor(self._asked_to_stop())]
-        )
-        total, count, bad, stop = place.sum(own)
+        bad_here = ~total.isfinite()
+        # One wish to stop outweighs one of every worker to save.
+        wish = {Wish.NONE: 0, Wish.SAVE: 1, Wish.STOP: place.world + 1}[self._asked_to_stop()]
+        own = torch.stack([total, count, bad_here, total.new_full((), wish)])
+        total, count, bad, wishes = place.sum(own)
         norm = self._scale_gradients(expected / count.clamp(min=1))
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+        state.scaler.step(state.optimizer)
+        state.scaler.update()
+        state.optimizer.zero_grad(set_to_none=True)
+        if state.average:
+            state.average.update(step)
         self._meters.add(total, count, norm)
-        self._note(step, torch.stack([bad, stop, norm]))
+        self._note(step, torch.stack([bad, wishes, norm, bad_here]))
 
     def _backward(
         self, images: Tensor, labels: Tensor, step: int, factor: float
     ) -> tuple[Tensor, Tensor]:
         """Accumulate factor * gradient of the summed loss; this worker's sum and count, float64."""
         sums = torch.zeros(2, dtype=torch.float64, device=self._place.device)
-        parts = zip(
-            images.tensor_split(self._passes), labels.tensor_split(self._passes), strict=True
-        )
+        passes = num_passes(self._stage, self._place.world, len(images))
+        parts = zip(images.tensor_split(passes), labels.tensor_split(passes), strict=True)
         for i, (some_images, some_labels) in enumerate(parts):
-            with self._communicating(last=i == self._passes - 1):
+            with self._communicating(last=i == passes - 1):
                 with self._place.autocast():
                     outputs = self._distributed(some_images)
                 total, count = self._loss(outputs, some_labels, step)
-                (total * factor).backward()
+                self._state.scaler.scale(total * factor).backward()
             sums += torch.stack([total.detach().double(), count.detach().double()])
         return sums[0], sums[1]
 
@@ -108,10 +117,12 @@ class Learner:
 
     def _scale_gradients(self, factor: Tensor) -> Tensor:
         """Multiply all gradients by `factor`, and clip them; their norm before clipping."""
+        self._state.scaler.unscale_(self._state.optimizer)
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         norm = get_total_norm(gradients).double() * factor
-        if self._clip_norm is not None:
-            factor = factor * (self._clip_norm / norm).clamp(max=1.0)
+        clip_norm = self._stage.optimizer.clip_norm
+        if clip_norm is not None:
+            factor = factor * (clip_norm / norm).clamp(max=1.0)
         torch._foreach_mul_(gradients, factor.float())
         return norm
 
@@ -132,10 +143,21 @@ class Learner:
         step, agreed, event = self._unread.popleft()
         if event is not None:
             event.synchronize()
-        bad, stop, norm = agreed.tolist()
-        if bad or not math.isfinite(norm):
-            raise NonFiniteError(step, "loss" if bad else "gradient")
-        self.must_stop |= stop > 0
+        bad, wishes, norm, bad_here = agreed.tolist()
+        if bad:
+            raise NonFiniteError(step, "loss", here=bad_here > 0)
+        if not math.isfinite(norm):
+            if not self._state.scaler.is_enabled():
+                raise NonFiniteError(step, "gradient")
+            if self._state.scaler.get_scale() < _SMALLEST_SCALE:
+                raise NonFiniteError(step, "gradient, whatever the loss scale of float16,")
+        self.must_save |= wishes > 0
+        self.must_stop |= wishes > self._place.world
+
+    def take_must_save(self) -> bool:
+        """Whether a checkpoint is due; it is not any more after this."""
+        due, self.must_save = self.must_save, False
+        return due
 
     def settle(self) -> None:
         """Make sure that the steps so far were finite; every worker calls it before they are kept.
@@ -146,11 +168,27 @@ class Learner:
         while self._unread:
             self._read_one()
 
+    def read(self) -> Metrics:
+        """Metrics of the numerics themselves: float16's loss scale."""
+        scaler = self._state.scaler
+        return {"train/loss_scale": scaler.get_scale()} if scaler.is_enabled() else {}
 
-def num_passes(stage: StageSettings, world: int) -> int:
-    """Passes through the network that each worker needs for its part of a global batch.
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Within it the network is the one to evaluate: averaged if asked for, and not compiled.
 
-    The same on all workers, because collective operations in a pass wait for one another.
-    """
-    most = math.ceil(stage.global_batch / world)
-    return math.ceil(most / stage.micro_batch) if isinstance(stage.micro_batch, int) else 1
+        Images of many sizes would each compile anew.
+        """
+        self.settle()
+        with ExitStack() as stack:
+            if self._stage.compile:
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            if self._state.average:
+                stack.enter_context(self._state.average.in_the_network())
+            yield
+        self._compile()
+
+    def _compile(self) -> None:
+        """Compile the blocks; again after an evaluation, for which timm's may be built anew."""
+        if self._stage.compile:
+            compile_blocks(self._state.network)

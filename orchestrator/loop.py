@@ -22,35 +22,38 @@ class Training:
     log_every: int
     evaluate_every: int
     checkpoint_every: int
-    batches: Iterator[Batch]
+    batches: Iterator[Batch | None]  # None: the step is passed over (`orchestrator.rollback`)
     seed: Callable[[int], None]  # random state of a step: dropout repeats after a restart
     schedule: Schedule
     update: Callable[[int, Batch, float], None]  # one optimizer step on one batch, at a rate
     read_meters: Callable[[], Metrics]  # training metrics since the last reading
     evaluate: Callable[[], Metrics]
     log: Callable[[int, Metrics], None]
-    save: Callable[[int, Metrics], None]
+    save: Callable[[int, Metrics], None]  # with the evaluation after this very step, or {}
+    must_save: Callable[[], bool]  # the same on every worker; true once for each demand
     must_stop: Callable[[], bool]  # the same on every worker
 
 
 def train(run: Training) -> int:
     """Train from step `start` to `steps`, or until it must stop; the number of steps done then."""
-    evaluation: Metrics = {}
     for step in range(run.start, run.steps):
-        run.seed(step)
-        run.update(step, next(run.batches), run.schedule(step))
+        batch = next(run.batches)
+        if batch is not None:
+            run.seed(step)
+            run.update(step, batch, run.schedule(step))
 
         done = step + 1
         record: Metrics = {}
-        if is_time(done, run.log_every, run.steps):
+        if batch is not None and is_time(done, run.log_every, run.steps):
             record |= run.read_meters() | {"train/lr": run.schedule(step)}
+        evaluation: Metrics = {}
         if is_time(done, run.evaluate_every, run.steps):
             evaluation = run.evaluate()
             record |= evaluation
         if record:
             run.log(done, record)
         stop = run.must_stop()
-        if stop or is_time(done, run.checkpoint_every, run.steps):
+        if run.must_save() or is_time(done, run.checkpoint_every, run.steps):
             run.save(done, evaluation)
         if stop:
             return done

@@ -42,7 +42,7 @@ def open_network(path: str | Path, *, output_stride: int | None = None) -> OpenN
         task, class_names = state["task"], tuple(state["class_names"])
         model = ModelConfig.model_validate(state["model"])
         network = build_network(model, task, len(class_names))
-        network.load_state_dict(checkpoint.weights())
+        network.load_state_dict(checkpoint.ema() or checkpoint.weights())
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(
             f"{checkpoint.path}: {STATE} and the weights do not make a network: {error}"

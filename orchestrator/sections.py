@@ -25,10 +25,17 @@ class StartFrom(Section):
         default=None,
         description="None: the network when the earlier task is the same, else the backbone",
     )
+    which: Literal["last", "best"] = Field(
+        default="last",
+        description="of a stage's checkpoints: the last, or the best by its task's metric, which "
+        "needs checkpoint.keep_best there",
+    )
 
 
 class _Optimizer(Section):
-    lr: Annotated[float, Field(gt=0)]
+    lr: Annotated[float, Field(gt=0)] = Field(
+        description="learning rate before schedule and multipliers"
+    )
     lr_for_batch: Annotated[int, Field(ge=1)] | None = Field(
         default=None,
         description="the global batch that lr is meant for: the rate grows in proportion to "
@@ -47,22 +54,34 @@ class _Optimizer(Section):
 class Sgd(_Optimizer):
     """Stochastic gradient descent with momentum (PyTorch's, which equals TensorFlow's here)."""
 
-    name: Literal["sgd"] = "sgd"
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    nesterov: bool = False
-    weight_decay: Annotated[float, Field(ge=0)] = 4e-5
+    name: Literal["sgd"] = Field(
+        default="sgd", description="stochastic gradient descent with momentum"
+    )
+    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.9, description="accumulator = momentum * accumulator + gradient"
+    )
+    nesterov: bool = Field(default=False, description="Nesterov's momentum")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(
+        default=4e-5,
+        description="L2 term; none on depthwise weights, batch norm and biases",
+    )
 
 
 class AdamW(_Optimizer):
     """Adam with weight decay apart from the gradient (Loshchilov and Hutter 2019)."""
 
-    name: Literal["adamw"]
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (
-        0.9,
-        0.999,
+    name: Literal["adamw"] = Field(description="Adam with decoupled weight decay")
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
+        default=(0.9, 0.999),
+        description="decay of the running mean and of the running square",
     )
-    eps: Annotated[float, Field(gt=0)] = 1e-8
-    weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    eps: Annotated[float, Field(gt=0)] = Field(
+        default=1e-8, description="added to the root of the square"
+    )
+    weight_decay: Annotated[float, Field(ge=0)] = Field(
+        default=0.05,
+        description="none on depthwise weights, batch norm and biases",
+    )
 
 
 class _Schedule(Section):
@@ -72,31 +91,37 @@ class _Schedule(Section):
 class Poly(_Schedule):
     """lr * (1 - step / steps) ** power."""
 
-    name: Literal["poly"]
-    power: Annotated[float, Field(gt=0)] = 0.9
+    name: Literal["poly"] = Field(description="polynomial decay to 0")
+    power: Annotated[float, Field(gt=0)] = Field(default=0.9, description="0.9 in the paper")
 
 
 class Cosine(_Schedule):
     """Half a cosine from lr to lr * end."""
 
-    name: Literal["cosine"]
-    end: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    name: Literal["cosine"] = Field(description="half a cosine")
+    end: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.0, description="share of lr at the last step"
+    )
 
 
 class StepExponential(_Schedule):
     """lr * decay ** floor(step / every)."""
 
-    name: Literal["step_exponential"]
-    decay: Annotated[float, Field(gt=0, lt=1)] = 0.94
-    every: Duration = "2 epochs"
+    name: Literal["step_exponential"] = Field(description="exponential decay in stairs")
+    decay: Annotated[float, Field(gt=0, lt=1)] = Field(
+        default=0.94, description="factor at each stair"
+    )
+    every: Duration = Field(default="2 epochs", description="length of a stair")
 
 
 class Steps(_Schedule):
     """lr * decay ** (number of milestones passed)."""
 
-    name: Literal["steps"]
-    milestones: Annotated[tuple[Duration, ...], Field(min_length=1)]
-    decay: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    name: Literal["steps"] = Field(description="falls at given times")
+    milestones: Annotated[tuple[Duration, ...], Field(min_length=1)] = Field(
+        description="times of the falls, counted from the start"
+    )
+    decay: Annotated[float, Field(gt=0, lt=1)] = Field(default=0.1, description="factor at each")
 
 
 Optimizer = Annotated[Sgd | AdamW, Field(discriminator="name")]
@@ -112,9 +137,14 @@ class Ema(Section):
 
 
 class HardPixels(Section):
-    """Only the pixels of largest loss in a worker's batch count, as in the reference."""
+    """Only the pixels of largest loss count, of those that a worker sends through at once.
 
-    fraction: Annotated[float, Field(gt=0, le=1)]
+    That is its batch, as in the reference, or each pass of micro_batch.
+    """
+
+    fraction: Annotated[float, Field(gt=0, le=1)] = Field(
+        description="share of a pass's pixels that counts"
+    )
     anneal: Duration | None = Field(
         default=None, description="time over which the share falls from all pixels to fraction"
     )
@@ -126,7 +156,9 @@ class Loss(Section):
     class_weights: dict[str, Annotated[float, Field(ge=0)]] = Field(
         default={}, description="factor on the loss where the label is this class; others: 1"
     )
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.0, description="share of the target spread evenly over all classes"
+    )
     hard_pixels: HardPixels | None = Field(
         default=None, description="segmentation: hard pixel mining; null: all pixels count"
     )
@@ -135,7 +167,7 @@ class Loss(Section):
 class Evaluate(Section):
     """When and how the validation split is evaluated; the last step always is."""
 
-    every: Duration = "1 epochs"
+    every: Duration = Field(default="1 epochs", description="time between evaluations")
     output_stride: OutputStride | None = Field(default=None, description="None: the model's")
     scales: Annotated[tuple[Annotated[float, Field(gt=0, le=4)], ...], Field(min_length=1)] = Field(
         default=(1.0,),
@@ -144,16 +176,20 @@ class Evaluate(Section):
     flip: bool = Field(
         default=False, description="segmentation: and over the image and its mirror image"
     )
-    batch: Annotated[int, Field(ge=1)] = 8
+    batch: Annotated[int, Field(ge=1)] = Field(
+        default=8, description="images of one size that go through the network together"
+    )
 
 
 class Checkpoints(Section):
     """When checkpoints are written (the last step always), which stay, how often runs go back."""
 
-    every: Duration = "1 epochs"
+    every: Duration = Field(default="1 epochs", description="time between checkpoints")
     keep: Annotated[int, Field(ge=1)] = Field(default=2, description="so many of the newest stay")
     keep_best: Annotated[int, Field(ge=0)] = Field(
-        default=0, description="and so many of the best by the task's metric"
+        default=0,
+        description="and so many of the best by the task's metric; those count that were evaluated "
+        "at their very step",
     )
     max_rollbacks: Annotated[int, Field(ge=0)] = Field(
         default=3,
@@ -168,8 +204,12 @@ class Cluster(Section):
     workers: Annotated[int, Field(ge=0)] | tuple[Annotated[int, Field(ge=1)], int] = Field(
         default=1, description="a number, [min, max] (elastic), or 0: in this process, without Ray"
     )
-    gpus_per_worker: Annotated[float, Field(ge=0)] = 0
-    cpus_per_worker: Annotated[int, Field(ge=1)] = 1
+    gpus_per_worker: Annotated[float, Field(ge=0)] = Field(
+        default=0, description="0: train on CPUs"
+    )
+    cpus_per_worker: Annotated[int, Field(ge=1)] = Field(
+        default=1, description="for the loading threads, and for training without a GPU"
+    )
     max_failures: Annotated[int, Field(ge=0)] = Field(
         default=3, description="restarts after a lost worker before the stage fails"
     )

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from model.build import build_network, decay_groups, freeze_batch_norm
+from model.build import build_network, freeze_batch_norm, parameter_groups
 from model.classifier import Classifier
 from model.config import ModelConfig
 from model.deeplab import DeepLab
@@ -43,12 +43,12 @@ def test_the_seed_determines_the_weights():
 
 
 def _decayed_names(network):
-    names = {id(parameter): name for name, parameter in network.named_parameters()}
-    decayed, rest = decay_groups(network, 4e-5)
-    assert (decayed["weight_decay"], rest["weight_decay"]) == (4e-5, 0.0)
-    together = [names[id(p)] for p in (*decayed["params"], *rest["params"])]
-    assert sorted(together) == sorted(names.values())
-    return {names[id(p)] for p in decayed["params"]}
+    groups = parameter_groups(network, 4e-5)
+    assert {group["weight_decay"] for group in groups} == {4e-5, 0.0}
+    members = [member for group in groups for member in group["params"]]
+    assert sorted(name for name, _ in members) == sorted(n for n, _ in network.named_parameters())
+    assert all(network.get_parameter(name) is parameter for name, parameter in members)
+    return {name for group in groups if group["weight_decay"] for name, _ in group["params"]}
 
 
 @pytest.mark.parametrize("task", ["segmentation", "classification"])
@@ -81,9 +81,56 @@ def test_what_decays_in_a_timm_network():
 def test_parameters_that_do_not_train_are_left_out():
     network = build_network(TINY, "segmentation", 3)
     network.backbone.requires_grad_(False)
-    grouped = sum(len(group["params"]) for group in decay_groups(network, 4e-5))
+    grouped = sum(len(group["params"]) for group in parameter_groups(network, 4e-5))
     assert grouped == sum(p.requires_grad for p in network.parameters())
     assert grouped < len([*network.parameters()])
+
+
+def test_rates_of_parts_by_the_longest_beginning_of_a_name():
+    network = build_network(TINY, "segmentation", 3)
+    factors = {"backbone": 0.1, "backbone.conv1_1": 0.0, "logits.bias": 2.0}
+    groups = parameter_groups(network, 4e-5, factors)
+    found = {name: group["lr_multiplier"] for group in groups for name, _ in group["params"]}
+    assert len(found) == len([*network.parameters()])
+    for name, factor in found.items():
+        if name.startswith("backbone.conv1_1."):
+            assert factor == 0
+        elif name.startswith("backbone."):
+            assert factor == 0.1
+        else:
+            assert factor == (2 if name == "logits.bias" else 1)
+    decays = {name: group["weight_decay"] for group in groups for name, _ in group["params"]}
+    assert (decays["logits.weight"], decays["logits.bias"]) == (4e-5, 0.0)
+
+
+def test_groups_do_not_depend_on_the_order_in_which_a_network_is_put_together():
+    def grouped(order):
+        network = nn.Module()
+        for name in order:
+            network.add_module(name, nn.Linear(2, 2))
+        groups = parameter_groups(network, 4e-5, {"b": 2.0})
+        return [[name for name, _ in group["params"]] for group in groups]
+
+    assert (
+        grouped("abc")
+        == grouped("cab")
+        == [
+            ["a.bias", "c.bias"],
+            ["a.weight", "c.weight"],
+            ["b.bias"],
+            ["b.weight"],
+        ]
+    )
+
+
+@pytest.mark.parametrize("beginning", ["decodr", "logit", "backbone.conv1", ""])
+def test_a_beginning_of_no_name_is_refused(beginning):
+    network = build_network(TINY, "segmentation", 3)
+    with pytest.raises(
+        ValueError, match="names begin with aspp, backbone, decoder, logits"
+    ) as error:
+        parameter_groups(network, 4e-5, {"aspp": 1.0, beginning: 2.0})
+    assert repr(beginning) in str(error.value)
 
 
 @pytest.mark.parametrize(

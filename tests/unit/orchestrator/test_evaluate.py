@@ -15,7 +15,7 @@ from orchestrator.evaluate import evaluate, merge
 from orchestrator.place import Place
 from tests.unit.orchestrator.jobs import stage
 
-ALONE = Place(rank=0, world=1, device=torch.device("cpu"), bfloat16=False)
+ALONE = Place(rank=0, world=1, device=torch.device("cpu"))
 MEAN = torch.full((3,), 127.5)
 
 

@@ -44,7 +44,20 @@ def test_stage_and_pipeline_are_read(tmp_path: Path) -> None:
             {"schedule": {"name": "poly", "pow": 2}},
             "schedule.pow: unknown key; did you mean 'power'?",
         ),
-        ({"schedule": {"name": "cosine"}}, "schedule: input tag 'cosine'"),
+        (
+            {"schedule": {"name": "cosin"}},
+            "schedule.name: 'cosin': did you mean 'cosine'? choose poly, cosine, ",
+        ),
+        ({"schedule": {"power": 2}}, "schedule.name: is required; choose poly, cosine, "),
+        ({"schedule": {"name": "steps"}}, "schedule.milestones: is required"),
+        (
+            {"optimizer": {"name": "adamw", "lr": 1, "momentum": 0.9}},
+            "optimizer.momentum: unknown key; known keys: betas, clip_norm, eps, lr, ",
+        ),
+        (
+            {"optimizer": {"name": "adamw", "lr": 1, "betas": [0.9]}},
+            "optimizer.betas[1]: is required",
+        ),
         (
             {"model": {"backbone": "xception66"}},
             "model.backbone: 'xception66': did you mean 'xception65'? choose xception41, ",

@@ -33,6 +33,14 @@ def test_a_checkpoint_or_the_newest_of_a_run_opens(tmp_path: Path, name: str) ->
     assert open_network(tmp_path / name, output_stride=8).network.output_stride == 8
 
 
+def test_averaged_weights_are_what_opens(tmp_path: Path) -> None:
+    network = build_network(ModelConfig.model_validate(SEGMENTER), "segmentation", 2)
+    weights = network.state_dict()
+    average = weights | {"logits.bias": torch.tensor([1.0, 2.0])}
+    write_checkpoint(tmp_path / "step-00000003", weights, None, STATE, average)
+    assert open_network(tmp_path).network.logits.bias.tolist() == [1.0, 2.0]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
