@@ -1,7 +1,9 @@
 """Checkpoints: directories that exist to a reader only once their manifest.json is there and true.
 
 model.safetensors   weights and buffers of the network
-optimizer.pt        optimizer state, loadable with weights_only=True; imported ones have none
+ema.safetensors     the same with averaged weights, where the stage has `ema`
+optimizer.pt        {"optimizer", "scaler"}: their state, loadable with weights_only=True; imported
+                    checkpoints have none
 state.json          stage, step, seed, fingerprint, metrics, parents, versions (orchestrator.worker)
 manifest.json       sha256 and size of each file above, written last
 """
@@ -10,21 +12,23 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.errors import CheckpointError
-from orchestrator.files import read_json, save_tensors, sha256, sync, write_json
+from orchestrator.files import read_json, save_object, save_tensors, sha256, sync, write_json
+from orchestrator.record import score
 
 if TYPE_CHECKING:
     import torch
 
 log = logging.getLogger(__name__)
 
-WEIGHTS, OPTIMIZER, STATE, MANIFEST = (
+WEIGHTS, EMA, OPTIMIZER, STATE, MANIFEST = (
     "model.safetensors",
+    "ema.safetensors",
     "optimizer.pt",
     "state.json",
     "manifest.json",
@@ -40,9 +44,14 @@ class Checkpoint:
     state: Mapping[str, Any]
 
     @property
+    def result(self) -> Path:
+        """The weights that later stages, predictions and exports take: averaged, if there are."""
+        return self.path / (EMA if EMA in self.files else WEIGHTS)
+
+    @property
     def digest(self) -> str:
-        """sha256 of the weights: what a later stage starts from."""
-        return self.files[WEIGHTS]["sha256"]
+        """sha256 of `result`."""
+        return self.files[self.result.name]["sha256"]
 
     @property
     def step(self) -> int:
@@ -51,18 +60,23 @@ class Checkpoint:
 
     def weights(self) -> dict[str, "torch.Tensor"]:
         """All tensors, on the CPU; CheckpointError when they cannot be read."""
+        return self._tensors(WEIGHTS)
+
+    def ema(self) -> dict[str, "torch.Tensor"] | None:
+        """All tensors with averaged weights; None where the stage has no average."""
+        return self._tensors(EMA) if EMA in self.files else None
+
+    def _tensors(self, name: str) -> dict[str, "torch.Tensor"]:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         try:
-            return load_file(self.path / WEIGHTS)
+            return load_file(self.path / name)
         except SafetensorError as error:
-            raise CheckpointError(
-                f"{self.path / WEIGHTS}: not a safetensors file: {error}"
-            ) from None
+            raise CheckpointError(f"{self.path / name}: not a safetensors file: {error}") from None
 
     def optimizer(self) -> dict[str, Any]:
-        """The optimizer's state_dict, on the CPU."""
+        """State of the optimizer and of the loss scale, on the CPU."""
         import torch
 
         return torch.load(self.path / OPTIMIZER, map_location="cpu", weights_only=True)
@@ -73,9 +87,12 @@ def save_checkpoint(
     weights: Mapping[str, "torch.Tensor"],
     optimizer: Mapping[str, Any],
     state: Mapping[str, Any],
+    ema: Mapping[str, "torch.Tensor"] | None = None,
+    ready: Callable[[], None] = lambda: None,
 ) -> Checkpoint:
     """Write `directory`/step-NNNNNNNN in one piece and return it; `write_checkpoint` tells how."""
-    return write_checkpoint(directory / f"step-{state['step']:08d}", weights, optimizer, state)
+    final = directory / f"step-{state['step']:08d}"
+    return write_checkpoint(final, weights, optimizer, state, ema, ready)
 
 
 def write_checkpoint(
@@ -83,29 +100,40 @@ def write_checkpoint(
     weights: Mapping[str, "torch.Tensor"],
     optimizer: Mapping[str, Any] | None,
     state: Mapping[str, Any],
+    ema: Mapping[str, "torch.Tensor"] | None = None,
+    ready: Callable[[], None] = lambda: None,
 ) -> Checkpoint:
     """Write the checkpoint directory `final`, in the place of what is there, and return it.
 
     Everything is written and forced to disk under a temporary name, the manifest last, then the
-    directory is renamed: a kill at any moment leaves the checkpoint whole or not there.
-    """
-    import torch
+    directory is renamed: a kill at any moment leaves the checkpoint whole or not there. `ready` is
+    called right before the rename, and prevents it with an error.
 
+    Raises:
+        OSError: it cannot be written; what was there before still is, and nothing else.
+    """
     temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    save_tensors(temporary / WEIGHTS, weights)
-    if optimizer is not None:
-        torch.save(optimizer, temporary / OPTIMIZER)
-    write_json(temporary / STATE, state)
-    files = {}
-    for path in sorted(temporary.iterdir()):
-        sync(path)
-        files[path.name] = {"sha256": sha256(path), "size": path.stat().st_size}
-    write_json(temporary / MANIFEST, {"files": files})
-    if final.exists():  # a damaged or superseded one of an earlier attempt
-        shutil.rmtree(final)
-    os.rename(temporary, final)
+    try:
+        save_tensors(temporary / WEIGHTS, weights)
+        if ema is not None:
+            save_tensors(temporary / EMA, ema)
+        if optimizer is not None:
+            save_object(temporary / OPTIMIZER, optimizer)
+        write_json(temporary / STATE, state)
+        files = {
+            path.name: {"sha256": sha256(path), "size": path.stat().st_size}
+            for path in sorted(temporary.iterdir())
+        }
+        write_json(temporary / MANIFEST, {"files": files})
+        ready()
+        if final.exists():  # a damaged or superseded one of an earlier attempt
+            delete_checkpoint(final)
+        os.rename(temporary, final)
+    except Exception:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     sync(final.parent)
     return Checkpoint(path=final, files=files, state=state)
 
@@ -162,16 +190,54 @@ def newest_checkpoint(directory: Path) -> Checkpoint | None:
     return None
 
 
-def prune_checkpoints(directory: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints, and leftovers of killed writers.
+def best_checkpoint(directory: Path) -> Checkpoint | None:
+    """The valid checkpoint that is best by the task's metric, the newest of equals.
 
-    A checkpoint loses its manifest first: what a kill leaves half deleted is no checkpoint.
+    Only those count that were evaluated at their very step.
+    """
+    for path in _best_first(checkpoint_paths(directory)):
+        try:
+            return read_checkpoint(path)
+        except CheckpointError as error:
+            log.warning("passed over: %s", error)
+    return None
+
+
+def _best_first(paths: Sequence[Path]) -> list[Path]:
+    scores = {path: _score(path) for path in paths}
+    rated = [(value, path) for path, value in scores.items() if value is not None]
+    return [path for _, path in sorted(rated, reverse=True)]
+
+
+def _score(path: Path) -> float | None:
+    try:
+        return score(_read(path / STATE) or {})
+    except CheckpointError:  # damaged: not the best of anything
+        return None
+
+
+def prune_checkpoints(directory: Path, newest: Path, keep: int, keep_best: int = 0) -> None:
+    """Delete what a complete checkpoint `newest` makes superfluous, and what killed writers left.
+
+    It and those before it are counted: the newest `keep` stay, and the best `keep_best`. Later
+    ones are damaged or of a path that was left, and are written anew.
     """
     complete = [path for path in checkpoint_paths(directory) if (path / MANIFEST).exists()]
-    for path in complete[keep:]:
-        (path / MANIFEST).unlink()
+    counted = [path for path in complete if path <= newest]
+    stay = {*counted[:keep], *_best_first(counted)[:keep_best]}
     for path in checkpoint_paths(directory):
-        if not (path / MANIFEST).exists():
-            shutil.rmtree(path)
+        if path not in stay and (path <= newest or path not in complete):
+            delete_checkpoint(path)
+    delete_unfinished(directory)
+
+
+def delete_unfinished(directory: Path) -> None:
+    """Delete what killed writers left; only who alone writes there may do so."""
     for path in directory.glob(".step-*.tmp"):
         shutil.rmtree(path, ignore_errors=True)
+
+
+def delete_checkpoint(path: Path) -> None:
+    """Delete a checkpoint, the manifest first: what a kill leaves half deleted is none."""
+    (path / MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(path)

@@ -4,7 +4,9 @@ AtrousError
 ├── JobFileError       a job file (or an override) is not valid
 ├── CheckpointError    a checkpoint is missing, damaged, or does not fit
 ├── RunError           a run cannot start: owned by someone, impossible on this cluster
+├── RunTakenOver       other workers go on with the run; these must not write any more
 ├── StageFailed        training ended with an error
+├── StageStopped       training was asked to stop, and wrote a checkpoint
 ├── NonFiniteError     a loss or gradient is not finite
 └── ExportError        a network cannot be exported, or what was written is not the same
 """
@@ -26,16 +28,33 @@ class RunError(AtrousError):
     """A run cannot start."""
 
 
+class RunTakenOver(AtrousError):
+    """Other workers go on with the run."""
+
+
 class StageFailed(AtrousError):
     """Training of a stage ended with an error."""
 
 
-class NonFiniteError(AtrousError):
-    """The loss or the gradient of a step is not finite."""
+class StageStopped(AtrousError):
+    """Training of a stage was asked to stop, and wrote a checkpoint."""
 
-    def __init__(self, step: int, what: str) -> None:
-        super().__init__(f"the {what} of step {step} is not finite")
-        self.step = step
+    def __init__(self, stage: str, step: int, steps: int, why: str) -> None:
+        super().__init__(f"{stage}: stopped ({why}) at step {step} of {steps}")
+
+
+class NonFiniteError(AtrousError):
+    """The loss, the gradient or the weights of a step (from 0) are not finite.
+
+    `here`: known to be so on this worker.
+    """
+
+    def __init__(self, step: int, what: str, *, here: bool = False) -> None:
+        super().__init__(step, what)
+        self.step, self.what, self.here = step, what, here
+
+    def __str__(self) -> str:
+        return f"the {self.what} of step {self.step} is not finite"
 
 
 class ExportError(AtrousError):

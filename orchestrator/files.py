@@ -14,11 +14,15 @@ if TYPE_CHECKING:
 def write_json(path: Path, content: Any) -> None:
     """Write JSON through a temporary file, fsync and rename."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            json.dump(content, file, indent=2)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:  # a full disk
+        temporary.unlink(missing_ok=True)
+        raise
     sync(path.parent)
 
 
@@ -32,11 +36,32 @@ def read_json(path: Path) -> Any | None:
 
 def save_tensors(path: Path, tensors: Mapping[str, "torch.Tensor"]) -> None:
     """Write a safetensors file, through to the disk, readable as any other new file is."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
+    try:
+        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
+    except SafetensorError as error:
+        if "I/O error" in str(error):  # such as a full disk
+            raise OSError(str(error)) from None
+        raise
     path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors leaves it to its owner alone
     sync(path)
+
+
+def save_object(path: Path, content: Any) -> None:
+    """Write with torch.save, through to the disk."""
+    import torch
+
+    with path.open("wb") as file:
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):  # which its zip writer hides
+                raise error.__context__ from None
+            raise
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def sync(path: Path) -> None:

@@ -1,11 +1,13 @@
 """What run records and checkpoints say of metrics, data and versions."""
 
+import math
 import platform
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from data_pipeline.dataset import Dataset
+if TYPE_CHECKING:
+    from data_pipeline.dataset import Dataset
 
 HEADLINE = {
     "segmentation": "val/miou",
@@ -20,7 +22,13 @@ def headline(state: Mapping[str, Any]) -> str:
     return f"{name} {state['metrics'][name]:.4f}" if name in state["metrics"] else "not evaluated"
 
 
-def data_record(split: Dataset) -> dict[str, Any]:
+def score(state: Mapping[str, Any]) -> float | None:
+    """The metric that a checkpoint's task is judged by; None where it was not evaluated."""
+    value = state.get("metrics", {}).get(HEADLINE.get(state.get("task", "")))
+    return value if value is not None and math.isfinite(value) else None
+
+
+def data_record(split: "Dataset") -> dict[str, Any]:
     """Identity and origin of a split."""
     manifest = split.manifest
     return {

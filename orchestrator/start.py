@@ -10,12 +10,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from orchestrator.checkpoint import WEIGHTS, Checkpoint, newest_checkpoint, read_checkpoint
+from orchestrator.checkpoint import (
+    WEIGHTS,
+    Checkpoint,
+    best_checkpoint,
+    newest_checkpoint,
+    read_checkpoint,
+)
 from orchestrator.config import StageSettings
 from orchestrator.errors import CheckpointError
 from orchestrator.files import sha256
 from orchestrator.foreign import fetch_weights, is_foreign
-from orchestrator.runs import all_runs
+from orchestrator.runs import Run, all_runs
 from orchestrator.sections import StartFrom
 
 if TYPE_CHECKING:
@@ -95,13 +101,21 @@ def resolve_start(
     wanted = stage.start_from
     if wanted is None:
         return None
-    place = wanted.checkpoint
-    if place in results:
+    place, path = wanted.checkpoint, Path(wanted.checkpoint).expanduser().absolute()
+    if place in results and wanted.which == "last":
         return _start(results[place], wanted, stage.task)
+    if place in results:
+        return _from_run(results[place].path.parent, wanted, stage.task)
+    single = is_foreign(place) or ("/" in place and (path / WEIGHTS).exists())
+    if single and wanted.which == "best":
+        raise CheckpointError(
+            f"start_from: which: best: {place} is not the run of a stage, of which there are many "
+            "checkpoints; leave which out"
+        )
     if is_foreign(place):
         return _from_elsewhere(stage, wanted, storage)
     if "/" in place:
-        return _from_path(Path(place).expanduser().absolute(), wanted)
+        return _start(read_checkpoint(path), wanted, None) if single else _from_run(path, wanted)
     return _from_stage(stage, wanted, storage)
 
 
@@ -117,11 +131,22 @@ def _from_elsewhere(stage: StageSettings, wanted: StartFrom, storage: Path) -> S
     )
 
 
-def _from_path(path: Path, wanted: StartFrom) -> Start:
-    checkpoint = read_checkpoint(path) if (path / WEIGHTS).exists() else newest_checkpoint(path)
+def _from_run(directory: Path, wanted: StartFrom, task: str | None = None) -> Start:
+    """The last valid checkpoint among many, or the best."""
+    if wanted.which == "best":
+        settings = Run(directory.parent).read().get("job", {}).get("checkpoint", {})
+        if not settings.get("keep_best"):
+            raise CheckpointError(
+                f"start_from: which: best: {directory} has the newest checkpoints only "
+                "(checkpoint.keep_best: 0); name one of them by its path, or train the stage anew "
+                "with checkpoint.keep_best: 1"
+            )
+        checkpoint = best_checkpoint(directory)
+    else:
+        checkpoint = newest_checkpoint(directory)
     if checkpoint is None:
-        raise CheckpointError(f"start_from: {path}: holds no valid checkpoint")
-    return _start(checkpoint, wanted, None)
+        raise CheckpointError(f"start_from: {directory}: holds no valid checkpoint")
+    return _start(checkpoint, wanted, task)
 
 
 def _from_stage(stage: StageSettings, wanted: StartFrom, storage: Path) -> Start:
@@ -137,19 +162,14 @@ def _from_stage(stage: StageSettings, wanted: StartFrom, storage: Path) -> Start
         raise CheckpointError(
             f"start_from: {wanted.checkpoint!r}: no finished run of it under {storage}{hint}"
         )
-    checkpoint = newest_checkpoint(known[wanted.checkpoint].checkpoints)
-    if checkpoint is None:
-        raise CheckpointError(
-            f"start_from: {wanted.checkpoint!r}: its checkpoints are gone or damaged"
-        )
-    return _start(checkpoint, wanted, stage.task)
+    return _from_run(known[wanted.checkpoint].checkpoints, wanted, stage.task)
 
 
 def _start(checkpoint: Checkpoint, wanted: StartFrom, task: str | None) -> Start:
     state = checkpoint.state
     same_task = task is None or state["task"] == task
     return Start(
-        weights=str(checkpoint.path / WEIGHTS),
+        weights=str(checkpoint.result),
         digest=checkpoint.digest,
         take=wanted.take or ("network" if same_task else "backbone"),
         stage=state["stage"],

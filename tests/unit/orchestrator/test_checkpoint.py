@@ -33,6 +33,22 @@ def test_what_is_saved_comes_back(tmp_path: Path) -> None:
     assert torch.equal(read.optimizer()["state"][0]["momentum_buffer"], torch.ones(2))
 
 
+def test_the_average_is_the_result_and_the_weights_go_on(tmp_path: Path) -> None:
+    weights, average = {"w": torch.zeros(2)}, {"w": torch.ones(2)}
+    state = {"step": 1, "metrics": {}}
+    with_average = save_checkpoint(tmp_path / "a", weights, {}, state, average)
+    alone = save_checkpoint(tmp_path / "b", average, {}, state)
+    assert with_average.digest == alone.digest
+    assert with_average.result.name == "ema.safetensors"
+    assert alone.result.name == "model.safetensors"
+    assert alone.ema() is None
+    read = read_checkpoint(with_average.path)
+    assert read.weights()["w"].equal(torch.zeros(2))
+    averaged = read.ema()
+    assert averaged is not None
+    assert averaged["w"].equal(torch.ones(2))
+
+
 def test_equal_weights_have_equal_digests(tmp_path: Path) -> None:
     assert save(tmp_path / "a", 1).digest == save(tmp_path / "b", 1).digest
     assert save(tmp_path / "a", 1).digest != save(tmp_path / "a", 2).digest
@@ -84,7 +100,7 @@ def test_a_kill_while_saving_leaves_the_earlier_checkpoint(
     found = newest_checkpoint(tmp_path)
     assert found is not None
     assert found.step == 1
-    prune_checkpoints(tmp_path, keep=5)
+    prune_checkpoints(tmp_path, found.path, keep=5)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
 
 
@@ -92,7 +108,7 @@ def test_pruning_keeps_the_newest(tmp_path: Path) -> None:
     for step in (1, 2, 3, 4):
         save(tmp_path, step)
     (tmp_path / "step-00000003" / "manifest.json").unlink()  # never completed
-    prune_checkpoints(tmp_path, keep=2)
+    prune_checkpoints(tmp_path, tmp_path / "step-00000004", keep=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000004"]
 
 

@@ -4,6 +4,8 @@ import pytest
 
 from orchestrator.errors import RunError
 from orchestrator.runs import (
+    EventReader,
+    Run,
     all_runs,
     append_journal,
     read_journal,
@@ -41,3 +43,19 @@ def test_runs_are_found_newest_first(tmp_path: Path) -> None:
     for number, name in enumerate(("a", "b")):
         run_directory(tmp_path, name, "0" * 64).update(stage=name, created=number)
     assert [run.read()["stage"] for run in all_runs(tmp_path)] == ["b", "a"]
+
+
+def test_events_are_read_as_they_come_and_survive_a_power_cut(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    reader = EventReader(run)
+    assert reader.new() == []
+    run.note("start", "starts", step=3)
+    with (tmp_path / "events.jsonl").open("a") as file:
+        file.write('{"kind": "ti')
+    assert [event["kind"] for event in reader.new()] == ["start"]
+    run.note("ended")
+    assert [event["kind"] for event in reader.new()] == ["ended"]
+    assert [(event["kind"], event["text"]) for event in run.events()] == [
+        ("start", "starts"),
+        ("ended", ""),
+    ]
