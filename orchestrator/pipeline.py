@@ -8,13 +8,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.config import Shards
 from data_pipeline.errors import DataError
-from data_pipeline.storage import is_local, join
+from data_pipeline.storage import Place, is_local, join
 from orchestrator import cluster
+from orchestrator.bill import add_bills, end, read_bill
 from orchestrator.cluster import Resources
 from orchestrator.config import Job, PipelineJob, Prepared, StageJob, StageSettings
-from orchestrator.errors import AtrousError, StageFailed
+from orchestrator.errors import AtrousError, StageFailed, StageStopped
 from orchestrator.files import digest
+from orchestrator.liveness import beat_every, last_beat
 from orchestrator.report import Display
 from orchestrator.runs import Run
 from orchestrator.stage import (
@@ -25,22 +28,28 @@ from orchestrator.stage import (
     plan_stage,
     train_stage,
 )
+from orchestrator.stop import Interrupted, Signals, ask_to_stop, asked_to_stop
 from orchestrator.tracking import Tracker, is_tracked
 
 _TICK = 0.5  # seconds between looks at running stages
 
 
-def run_job(job: Job, display: Display) -> list[StageResult]:
+def run_job(
+    job: Job, display: Display, signals: Signals | None = None, *, force: bool = False
+) -> list[StageResult]:
     """Run a stage or a pipeline to its end; what was done before is found and not done again.
+
+    With `force` it is done again, and the earlier run set aside.
 
     Raises:
         StageFailed: a stage failed; independent ones were still run.
+        Interrupted: a signal came; running stages wrote a checkpoint and stopped.
         DataError, CheckpointError, RunError: something is not as the job needs it.
     """
-    storage = Path(job.storage)
+    storage, signals = Path(job.storage), signals or Signals()
     storage.mkdir(parents=True, exist_ok=True)
     if isinstance(job, StageJob):
-        return _Graph((job.settings,), job, display).run()
+        return _Graph((job.settings,), job, display, signals, force=force).run()
     prepare_datasets(job, display)
     record = job.model_dump(mode="json")
     fingerprint = digest(record | {"storage": None, "data_root": None})
@@ -52,8 +61,12 @@ def run_job(job: Job, display: Display) -> list[StageResult]:
         )
         tracker = Tracker(storage, parent)
         try:
-            results = _Graph(job.stages, job, display, tracker).run()
-            parent.update(status="finished")
+            results = _Graph(job.stages, job, display, signals, tracker, force=force).run()
+            bill = add_bills([read_bill(result.run) for result in results])
+            parent.update(status="finished", bill=bill.as_record())
+        except Interrupted:
+            parent.update(status="stopped")
+            raise
         except Exception:
             parent.update(status="failed")
             raise
@@ -65,8 +78,12 @@ def run_job(job: Job, display: Display) -> list[StageResult]:
 def prepare_datasets(job: PipelineJob, display: Display) -> None:
     """Prepare the data sets a pipeline names, those that are not there yet."""
     from data_pipeline.prepare import Settings, prepare
+    from orchestrator.ray_tasks import on_cluster
 
     for name, wanted in job.datasets.items():
+        if wanted.shards is not None:
+            _index_shards(name, wanted, wanted.shards, job.data_directory, display)
+            continue
         with display.preparing(name) as progress:
             manifests = prepare(
                 wanted.format,
@@ -74,10 +91,34 @@ def prepare_datasets(job: PipelineJob, display: Display) -> None:
                 join(job.data_directory, name),
                 Settings(limit=wanted.limit, on_broken=wanted.on_broken),
                 splits=wanted.splits,
+                workers=on_cluster(),
                 progress=progress,
             )
         if wanted.source is not None:  # drawn data sets never have the official counts
             display.prepared(manifests.values())
+
+
+def _index_shards(
+    name: str, wanted: Prepared, shards: Shards, data_directory: str, display: Display
+) -> None:
+    """Index shards that others wrote; those indexed before only if they have changed."""
+    from data_pipeline.shard_index import index_shards
+
+    assert wanted.source is not None  # checked with the job file
+    contents = shards.below(wanted.source)
+    with display.preparing(name) as progress:
+        manifests = [
+            index_shards(
+                places,
+                join(data_directory, name),
+                split,
+                contents,
+                on_broken=wanted.on_broken,
+                progress=progress,
+            )
+            for split, places in contents.places.items()
+        ]
+    display.prepared(manifests)
 
 
 def _raw_directory(job: PipelineJob) -> Path:
@@ -86,9 +127,9 @@ def _raw_directory(job: PipelineJob) -> Path:
     return (Path(job.data_directory) if local else Path(job.storage)) / "raw"
 
 
-def _source(wanted: Prepared, raw: Path) -> Path:
+def _source(wanted: Prepared, raw: Path) -> Place:
     if wanted.source is not None:
-        return Path(wanted.source)
+        return wanted.source
     from data_pipeline.formats.synthetic import synthesize
 
     options: dict[str, Any] = wanted.synthesize or {}
@@ -105,6 +146,16 @@ class _Branch:
     planned: PlannedStage
     needs: Resources
     outcome: StageResult | Exception | None = None
+    beat: Any | None = None
+    heard: float = 0.0  # time of the last change of the beat
+
+    def abandoned(self) -> bool:
+        """Whether no worker is there that could obey: none has started, or all are lost."""
+        beat, now = last_beat(self.planned.run), time.monotonic()
+        if beat != self.beat:
+            self.beat, self.heard = beat, now
+        patience = 10 + 2 * beat_every(self.planned.stage.cluster.hang_after)
+        return self.outcome is None and (beat is None or now - self.heard > patience)
 
 
 class _Graph:
@@ -115,12 +166,17 @@ class _Graph:
         stages: Sequence[StageSettings],
         job: Job,
         display: Display,
+        signals: Signals,
         parent: Tracker | None = None,
+        *,
+        force: bool = False,
     ) -> None:
         self._stages = stages
+        self._force = force
         self._storage = Path(job.storage)
         self._data_directory = job.data_directory
         self._display = display
+        self._signals = signals
         self._parent = parent
         self._waiting = list(stages)
         self._running: list[_Branch] = []
@@ -132,14 +188,19 @@ class _Graph:
         while self._waiting or self._running:
             for stage in self._ready():
                 self._try_to_start(stage)
+            self._signals.patient = bool(self._running)
             if self._running:
                 time.sleep(_TICK)
+            if self._signals.received:
+                self._stop(self._signals.received.name)
             self._display.update([branch.planned for branch in self._running])
             for branch in [branch for branch in self._running if branch.outcome is not None]:
                 self._running.remove(branch)
                 self._settle(branch)
         if self._failed:
             raise StageFailed("\n".join(f"{name}: {why}" for name, why in self._failed.items()))
+        if self._signals.received and len(self._done) < len(self._stages):
+            raise Interrupted(self._signals.received)
         return [self._done[stage.name] for stage in self._stages]
 
     def _ready(self) -> list[StageSettings]:
@@ -157,6 +218,8 @@ class _Graph:
         try:
             results = {name: result.checkpoint for name, result in self._done.items()}
             planned = plan_stage(stage, self._storage, self._data_directory, results)
+            if self._force and planned.run.finished:
+                planned.run.set_aside()
             earlier = finished_result(planned)
             if earlier is None and stage.cluster.min_workers:
                 self._cluster.check_fits(stage.name, stage.cluster)
@@ -186,7 +249,8 @@ class _Graph:
     @cached_property
     def _cluster(self) -> cluster.Connection:
         """Connected at the first stage that trains on Ray: finished jobs need no cluster."""
-        return cluster.connect()
+        longest = max(stage.cluster.hang_after for stage in self._stages)
+        return cluster.connect(hang_after=longest)
 
     def _start(self, branch: _Branch) -> None:
         self._running.append(branch)
@@ -208,11 +272,28 @@ class _Graph:
             outcome = error
         branch.outcome = outcome
 
+    def _stop(self, why: str) -> None:
+        """Start nothing more, and ask what runs to stop, again until it hears."""
+        if self._waiting:
+            self._display.say(f"not started: {', '.join(stage.name for stage in self._waiting)}")
+            self._waiting = []
+        for branch in list(self._running):
+            run, name = branch.planned.run, branch.planned.stage.name
+            if branch.planned.stage.cluster.max_workers and branch.abandoned():
+                end(run, "stopped")
+                self._running.remove(branch)
+                self._display.stopped(name, "stopped: it had no workers")
+            elif not asked_to_stop(run):
+                ask_to_stop(run, why)
+                self._display.say(f"{name}: {why}: stops after a checkpoint; again: at once")
+
     def _settle(self, branch: _Branch) -> None:
         name, outcome = branch.planned.stage.name, branch.outcome
         if isinstance(outcome, StageResult):
             self._done[name] = outcome
             self._display.finished(outcome)
+        elif isinstance(outcome, StageStopped):
+            self._display.stopped(name, str(outcome).removeprefix(f"{name}: "))
         elif isinstance(outcome, AtrousError):
             self._give_up(name, str(outcome).removeprefix(f"{name}: "))
         elif outcome is not None:

@@ -1,25 +1,31 @@
 """One stage on the driver's side: plan it, then train it with Ray Train."""
 
-import difflib
 import time
 import traceback
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import count
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from data_pipeline.config import as_size
 from data_pipeline.dataset import Dataset, open_dataset
+from orchestrator.bill import begin, end
 from orchestrator.checkpoint import Checkpoint, newest_checkpoint
 from orchestrator.config import StageSettings
 from orchestrator.duration import to_steps
-from orchestrator.errors import RunError, StageFailed
+from orchestrator.errors import RunError, StageFailed, StageStopped
 from orchestrator.files import digest
+from orchestrator.liveness import forget_workers
 from orchestrator.record import data_record
 from orchestrator.runs import Run, run_directory
+from orchestrator.stage_checks import check_batch_norm, check_data
 from orchestrator.start import HandOver, Start, plan_hand_over, read_shapes, resolve_start
+from orchestrator.stop import asked_to_stop, let_run
+
+if TYPE_CHECKING:
+    from model.build import Network
 
 # Fields that say where and how watchfully a stage runs, not what comes out of it.
 _NOT_IN_FINGERPRINT: dict[str, Any] = {
@@ -84,16 +90,16 @@ def plan_stage(
     """
     train = open_dataset(data_directory, stage.data.train.dataset, stage.data.train.split)
     val = open_dataset(data_directory, stage.data.val.dataset, stage.data.val.split)
-    _check_data(stage, train, val)
+    check_data(stage, train, val)
     start = resolve_start(stage, storage, results)
-    shapes = _network_shapes(stage, train)
+    shapes = shapes_of(build_on_meta(stage, len(train.manifest.class_names)))
     names = train.manifest.class_names
     hand_over = (
         plan_hand_over(shapes, read_shapes(Path(start.weights)), start, names) if start else None
     )
     fingerprint = digest(
         {
-            "stage": stage.model_dump(mode="json", exclude=_NOT_IN_FINGERPRINT),
+            "stage": fingerprinted(stage),
             "train": train.manifest.digest,
             "val": val.manifest.digest,
             "start": [start.digest, start.take] if start else None,
@@ -112,89 +118,39 @@ def plan_stage(
     )
 
 
-def _check_data(stage: StageSettings, train: Dataset, val: Dataset) -> None:
-    for split in (train, val):
-        manifest = split.manifest
-        if manifest.task != stage.task:
-            raise RunError(
-                f"{stage.name}: task: {stage.task!r}, but {manifest.dataset}/{manifest.split} "
-                f"is a data set of {manifest.task}"
-            )
-        if not manifest.has_labels:
-            raise RunError(
-                f"{stage.name}: data: {manifest.dataset}/{manifest.split} has no labels to train "
-                "on or to compare with; name another split"
-            )
-    if train.num_samples < stage.global_batch:
-        raise RunError(
-            f"{stage.name}: {train.num_samples} samples do not fill a global batch of "
-            f"{stage.global_batch}; lower global_batch or add samples"
-        )
-    if train.manifest.class_names != val.manifest.class_names:
-        raise RunError(
-            f"{stage.name}: data: train has {len(train.manifest.class_names)} classes, val has "
-            f"{len(val.manifest.class_names)}, or their names differ; prepare both from one source"
-        )
-    _check_class_weights(stage, train)
-    if stage.task == "segmentation":
-        _check_pooling(stage)
-        _check_crop(stage, val)
+def fingerprinted(stage: StageSettings) -> dict[str, Any]:
+    """The values of a stage that its result depends on."""
+    return stage.model_dump(mode="json", exclude=_NOT_IN_FINGERPRINT)
 
 
-def _check_class_weights(stage: StageSettings, train: Dataset) -> None:
-    names = train.manifest.class_names
-    for name in stage.loss.class_weights:
-        if name not in names:
-            near = difflib.get_close_matches(name, names, n=1)
-            cure = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(names[:30])}"
-            raise RunError(
-                f"{stage.name}: loss.class_weights: {train.manifest.dataset} has no class "
-                f"{name!r}; {cure}"
-            )
+def build_on_meta(stage: StageSettings, num_classes: int) -> "Network":
+    """Build the network without memory: what it refuses is known before any worker starts.
 
-
-def _check_pooling(stage: StageSettings) -> None:
-    """Batch normalisation of one value per channel has no variance."""
-    norm, workers = stage.model.batch_norm, max(1, stage.cluster.max_workers)
-    together = stage.global_batch if norm.sync else stage.global_batch // workers
-    pooled = stage.model.image_level_features and not norm.frozen
-    if pooled and together < 2:
-        raise RunError(
-            f"{stage.name}: global_batch: {stage.global_batch} over {workers} workers leaves one "
-            "image to a worker, and batch normalisation of the image-level features needs two; "
-            "raise global_batch, lower cluster.workers, or set model.batch_norm.frozen, or "
-            "model.batch_norm.sync where there are more workers"
-        )
-
-
-def _check_crop(stage: StageSettings, val: Dataset) -> None:
-    """Evaluation pads images and never cuts them."""
-    crop = stage.data.val.crop
-    if crop is None:
-        return
-    height, width = as_size(crop)
-    largest = val.largest_size()
-    if height < largest[0] or width < largest[1]:
-        raise RunError(
-            f"{stage.name}: data.val.crop: {[height, width]} is smaller than the largest image "
-            f"{list(largest)} (height, width); images are never cut: raise it to that"
-        )
-
-
-def _network_shapes(stage: StageSettings, train: Dataset) -> dict[str, tuple[int, ...]]:
-    """Build the network without memory: what it refuses is known before any worker starts."""
+    Raises:
+        RunError: the values of model, optimizer.lr_multipliers or the batch do not fit together.
+    """
     import torch
 
-    from model.build import build_network
+    from model.build import build_network, parameter_groups
     from model.sync_batch_norm import synchronize_batch_norm
 
     try:
         with torch.device("meta"):
-            network = build_network(stage.model, stage.task, len(train.manifest.class_names))
+            network = build_network(stage.model, stage.task, num_classes)
             if stage.model.batch_norm.sync:
                 synchronize_batch_norm(network)
     except ValueError as error:
         raise RunError(f"{stage.name}: model: {error}") from None
+    try:
+        parameter_groups(network, 0.0, stage.optimizer.lr_multipliers)
+    except ValueError as error:
+        raise RunError(f"{stage.name}: optimizer.{error}") from None
+    check_batch_norm(stage, network)
+    return network
+
+
+def shapes_of(network: "Network") -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a network's tensors, as in its checkpoints."""
     return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
 
 
@@ -236,64 +192,93 @@ def open_run(planned: PlannedStage) -> None:
         hand_over=asdict(planned.hand_over) if planned.hand_over else None,
         data={"train": data_record(planned.train), "val": data_record(planned.val)},
     )
+    begin(planned.run, planned.stage.cluster)
+    forget_workers(planned.run)
+    let_run(planned.run)
 
 
 def train_stage(planned: PlannedStage) -> StageResult:
     """Train an opened run to its end with Ray Train.
 
     Raises:
+        StageStopped: it was asked to stop, and did so after a checkpoint.
         StageFailed: training ended with an error; the run directory holds the whole traceback.
     """
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
-    from ray.train.v2.api.config import LoggingConfig
-
-    from orchestrator.worker import Assignment, train_worker
-
-    stage, run = planned.stage, planned.run
-    cluster = stage.cluster
-    assignment = Assignment(
-        stage=stage.model_dump(mode="json"),
-        run=str(run.path),
-        data_directory=planned.data_directory,
-        fingerprint=planned.fingerprint,
-        start=planned.start.as_json() if planned.start else None,
-    )
-    workers = cluster.workers
-    trainer = TorchTrainer(
-        train_worker,
-        train_loop_config=asdict(assignment),
-        scaling_config=ScalingConfig(
-            num_workers=workers if isinstance(workers, int) else tuple(workers),
-            use_gpu=cluster.gpus_per_worker > 0,
-            resources_per_worker={"CPU": cluster.cpus_per_worker}
-            | ({"GPU": cluster.gpus_per_worker} if cluster.gpus_per_worker else {}),
-        ),
-        run_config=RunConfig(
-            name=f"attempt-{run.read()['attempts']:03d}",
-            storage_path=str(run.path / "ray"),
-            failure_config=FailureConfig(max_failures=cluster.max_failures),
-            logging_config=LoggingConfig(log_level="WARNING"),
-        ),
-    )
+    run, name = planned.run, planned.stage.name
     try:
-        trainer.fit()
-        checkpoint = newest_checkpoint(run.checkpoints)
-        if checkpoint is None or checkpoint.step != planned.steps:
-            raise RuntimeError(f"no valid checkpoint of step {planned.steps} in {run.checkpoints}")
+        checkpoint = _train(planned)
+    except StageStopped:
+        end(run, "stopped")
+        raise
     except Exception as error:
-        (run.path / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
-        run.update(status="failed", error=cause(error))
-        raise StageFailed(
-            f"{stage.name}: {cause(error)} (all of it: {run.path / 'error.txt'})"
-        ) from error
-    run.update(
-        status="finished",
+        if run.read().get("status") == "stopped":  # without workers; the command is ending
+            raise StageStopped(name, 0, planned.steps, "without workers") from error
+        why = _hang_of_this_attempt(run, error) or cause(error)
+        raise StageFailed(f"{name}: {why} ({_record_failure(run, why)})") from error
+    end(
+        run,
+        "finished",
         checkpoint=str(checkpoint.path.relative_to(run.path)),
         digest=checkpoint.digest,
         metrics=checkpoint.state["metrics"],
     )
     return _result(planned, checkpoint, reused=False)
+
+
+def _record_failure(run: Run, why: str) -> str:
+    """Write down the error that is being handled; where all of it is."""
+    try:
+        (run.path / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
+        end(run, "failed", error=why)
+    except OSError as error:  # the full disk that ended the stage
+        return f"not recorded in {run.path}: {error}"
+    return f"all of it: {run.path / 'error.txt'}"
+
+
+def _train(planned: PlannedStage) -> Checkpoint:
+    """Train until the last step; workers that were told to leave do so after a checkpoint, and
+    training goes on with what is left."""
+    from orchestrator.trainer import make_trainer
+    from orchestrator.worker import Assignment, train_worker
+
+    stage, run = planned.stage, planned.run
+    assignment = Assignment(
+        stage=stage.model_dump(mode="json"),
+        run=str(run.path),
+        attempt=run.read()["attempts"],
+        data_directory=planned.data_directory,
+        fingerprint=planned.fingerprint,
+        start=planned.start.as_json() if planned.start else None,
+    )
+    reached = 0
+    for part in count(1):
+        trainer = make_trainer(
+            train_worker,
+            asdict(assignment),
+            stage.cluster,
+            name=f"attempt-{assignment.attempt:03d}-{part}",
+            storage=str(run.path / "ray"),
+        )
+        trainer.fit()
+        checkpoint = newest_checkpoint(run.checkpoints)
+        if checkpoint is not None and checkpoint.step == planned.steps:
+            return checkpoint
+        if why := asked_to_stop(run):
+            raise StageStopped(stage.name, checkpoint.step if checkpoint else 0, planned.steps, why)
+        if checkpoint is None or checkpoint.step <= reached:
+            break
+        reached = checkpoint.step
+        run.note("leave", f"a worker was told to leave; checkpoint of step {reached} written")
+    raise RuntimeError(f"no valid checkpoint of step {planned.steps} in {run.checkpoints}")
+
+
+def _hang_of_this_attempt(run: Run, error: BaseException) -> str | None:
+    """What the workers said before they ended themselves, where that is what failed the stage."""
+    attempt, hangs = run.read()["attempts"], [e for e in run.events() if e["kind"] == "hang"]
+    hangs = [event for event in hangs if event["attempt"] == attempt]
+    failures = getattr(error, "worker_failures", {}).values()
+    lost = any(type(failure).__name__ == "WorkerHealthCheckFailedError" for failure in failures)
+    return hangs[-1]["text"] if hangs and lost else None
 
 
 def cause(error: BaseException) -> str:

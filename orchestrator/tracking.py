@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 
 EXPERIMENT = "atrous"
 _EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # the view it opens in
+_ENDED = {"finished": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
 _EVERY = 1.0  # seconds between looks at a run
 _BATCH = 1000  # metrics of one request; a server's limit
 _PARAMS_BATCH = 100  # parameters of one request; a server's limit
@@ -103,12 +104,13 @@ class Tracker:
         record = self._record(client)
         self._send_metrics(client, record)
         run = self._run.read()
-        if run.get("status") in ("finished", "failed") and record.get("status") != run["status"]:
-            if run["status"] == "finished" and "stage" in run:
+        status = run.get("status")
+        if status in _ENDED and record.get("status") != status:
+            if status == "finished" and "stage" in run:
                 _log_models(client, record, self._run)
-            status = "FINISHED" if run["status"] == "finished" else "FAILED"
-            client.set_terminated(record["run_id"], status)
-            self._write(record | {"status": run["status"]})
+            _log_bill(client, record["run_id"], run)
+            client.set_terminated(record["run_id"], _ENDED[status])
+            self._write(record | {"status": status})
 
     def _client(self) -> Any:
         os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
@@ -233,6 +235,19 @@ def _dataset(role: str, record: dict[str, Any]) -> Any:
     )
     context = "training" if role == "train" else "evaluation"
     return DatasetInput(dataset, [InputTag("mlflow.data.context", context)])
+
+
+def _log_bill(client: Any, run_id: str, run: dict[str, Any]) -> None:
+    """What an ended run has cost, as metrics of its last moment; can be repeated."""
+    from mlflow.entities import Metric
+
+    when = int(run["updated"] * 1000)
+    points = [
+        Metric(f"bill/{name}".replace(" ", "_"), value, when, run.get("steps", 0))
+        for name, value in _flatten(run.get("bill", {}))
+        if value is not None
+    ]
+    client.log_batch(run_id, metrics=points)
 
 
 def _log_models(client: Any, record: dict[str, Any], run: Run) -> None:

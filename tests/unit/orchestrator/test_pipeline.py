@@ -19,7 +19,7 @@ from orchestrator.job_file import load_job
 from orchestrator.lineage import find_checkpoint, trace
 from orchestrator.pipeline import run_job
 from orchestrator.report import Display, result_table
-from orchestrator.runs import all_runs, read_journal
+from orchestrator.runs import Run, all_runs, read_journal
 from orchestrator.stage import StageResult
 from tests.unit.orchestrator.jobs import pipeline_job, write
 
@@ -166,6 +166,22 @@ def test_mlflow_has_every_point_once(ran: Ran) -> None:
     for key in ("train/loss", "train/lr"):
         history = client.get_metric_history(_run_id(result), key)
         assert sorted((point.step, point.value) for point in history) == expected[key]
+
+
+def test_mlflow_and_the_records_have_the_bill(ran: Ran) -> None:
+    client = mlflow.MlflowClient(f"sqlite:///{ran.storage / 'mlflow.db'}")
+    total = 0.0
+    for result in ran.results.values():
+        bill = result.run.read()["bill"]
+        metrics = client.get_run(_run_id(result)).data.metrics
+        assert metrics["bill/goodput"] == bill["goodput"]
+        assert metrics["bill/lost_seconds.start-up"] == bill["lost_seconds"]["start-up"]
+        assert "bill/money" not in metrics
+        total += bill["cpu_hours"]
+    records = [Run(path).read() for path in (ran.storage / "pipelines").iterdir()]
+    first = min(records, key=lambda record: record["created"])  # other tests changed stages
+    assert first["bill"]["cpu_hours"] == pytest.approx(total)
+    assert "The bill" in ran.output
 
 
 def test_mlflow_has_a_model_for_each_kept_checkpoint(ran: Ran) -> None:
