@@ -11,7 +11,7 @@ from data_pipeline.bad_samples import BadSample
 from data_pipeline.config import DataConfig
 from data_pipeline.dataset import Dataset, open_dataset
 from data_pipeline.errors import DataError
-from orchestrator import worker
+from orchestrator import run_writer
 from orchestrator.bad_samples import BadSampleMeter
 from orchestrator.config import StageSettings
 from orchestrator.errors import StageFailed
@@ -22,7 +22,7 @@ from orchestrator.stage import train_stage as train
 from tests.unit.orchestrator.jobs import stage
 
 DATASET = "tiny-imagenet"  # 48 samples, six steps of eight an epoch
-ALONE = Place(rank=0, world=1, device=torch.device("cpu"), bfloat16=False)
+ALONE = Place(rank=0, world=1, device=torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +96,7 @@ def test_killed_and_restarted_equals_undisturbed(
             raise KeyboardInterrupt("killed")
 
     planned = plan(damaged, tmp_path, SKIP)
-    monkeypatch.setattr(worker, "append_journal", die)
+    monkeypatch.setattr(run_writer, "append_journal", die)
     with pytest.raises(KeyboardInterrupt):
         run(planned)
     monkeypatch.undo()
@@ -191,7 +191,7 @@ def test_what_a_checkpoint_counted_is_counted_on(train_set: Dataset) -> None:
 def test_each_bad_sample_is_logged_once_with_its_place(
     train_set: Dataset, caplog: pytest.LogCaptureFixture
 ) -> None:
-    third = Place(rank=3, world=1, device=torch.device("cpu"), bfloat16=False)
+    third = Place(rank=3, world=1, device=torch.device("cpu"))
     counted = meter(train_set, third)
     counted.add(0, bad(1, 2))
     counted.add(1, bad(2, 1))
