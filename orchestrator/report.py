@@ -5,6 +5,7 @@ import shlex
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.box import SIMPLE
@@ -13,14 +14,30 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from rich.table import Table
 
 from data_pipeline.manifest import Manifest
+from orchestrator.bill import Account
 from orchestrator.config import Job, PipelineJob, StageSettings
+from orchestrator.costs import bill_table, in_brief, so_far
 from orchestrator.files import read_json
 from orchestrator.record import HEADLINE, headline
-from orchestrator.runs import read_journal
+from orchestrator.runs import EventReader, read_journal
 from orchestrator.stage import PlannedStage, StageResult
+from orchestrator.stage_checks import stage_warnings
 from orchestrator.tracking import program, run_link, tracking_uri, ui_command
 
 _LINE_EVERY = 10.0  # seconds between lines of a stage where there is no terminal
+
+
+@dataclass(kw_only=True)
+class _Watched:
+    """A stage that runs."""
+
+    planned: PlannedStage
+    task: TaskID
+    events: EventReader
+    account: Account = field(default_factory=Account)
+    step: int = 0  # the last one in the journal
+    metrics: dict[str, float] = field(default_factory=dict)
+    spoken: float = -_LINE_EVERY
 
 
 class Display:
@@ -37,9 +54,7 @@ class Display:
             console=console,
             disable=not console.is_terminal,
         )
-        self._tasks: dict[str, TaskID] = {}
-        self._seen: dict[str, int] = {}
-        self._spoken: dict[str, float] = {}
+        self._watched: dict[str, _Watched] = {}
 
     def __enter__(self) -> "Display":
         self._progress.start()
@@ -89,70 +104,94 @@ class Display:
             f"{stage.name}: {planned.steps} steps of {stage.global_batch} on "
             f"{planned.train.num_samples} samples, workers: {workers}, run {planned.run.path}"
         )
+        for warning in stage_warnings(stage):
+            self.say(f"{stage.name}: warning: {warning}", "yellow")
         if planned.start and planned.hand_over:
             self.say(
                 f"{stage.name}: starts from {planned.start.stage or planned.start.place} "
                 f"(sha256 {planned.start.digest[:12]}): {planned.hand_over.report()}"
             )
-        self._seen[stage.name] = 0
-        self._tasks[stage.name] = self._progress.add_task(
-            stage.name, total=planned.steps, detail="starting workers"
-        )
+        task = self._progress.add_task(stage.name, total=planned.steps, detail="starting workers")
+        watched = _Watched(planned=planned, task=task, events=EventReader(planned.run))
+        if earlier := read_journal(planned.run.journal):
+            watched.step = earlier[-1]["step"]
+        for event in watched.events.new():  # told by earlier attempts
+            watched.account.take(event)
+        self._watched[stage.name] = watched
 
     def update(self, running: Sequence[PlannedStage]) -> None:
-        """Show what the journals of the running stages say by now."""
+        """Show what the journals and events of the running stages say by now."""
         for planned in running:
             name = planned.stage.name
-            records = read_journal(planned.run.journal, after=self._seen.get(name, 0))
-            if not records:
-                continue
-            last = records[-1]
-            self._seen[name] = last["step"]
-            metrics = {key: value for record in records for key, value in record["metrics"].items()}
-            detail = _detail(planned, last["step"], metrics)
-            self._progress.update(self._tasks[name], completed=last["step"], detail=detail)
-            self._speak(name, f"{name}: step {last['step']}/{planned.steps} {detail}", metrics)
+            watched = self._watched[name]
+            for event in watched.events.new():
+                watched.account.take(event)
+                if event["kind"] == "start":
+                    watched.step = event["step"]  # the journal goes on from there
+                if event["text"]:
+                    style = "" if event["kind"] == "start" else "yellow"
+                    self.say(f"{name}: {event['text']}", style)
+            records = read_journal(planned.run.journal, after=watched.step)
+            if records:
+                watched.step = records[-1]["step"]
+                watched.metrics = {k: v for record in records for k, v in record["metrics"].items()}
+            detail = _detail(watched)
+            self._progress.update(watched.task, completed=watched.step, detail=detail)
+            if records:
+                self._speak(watched, f"{name}: step {watched.step}/{planned.steps} {detail}")
 
-    def _speak(self, name: str, line: str, metrics: dict[str, float]) -> None:
+    def _speak(self, watched: _Watched, line: str) -> None:
         """Without a terminal: a line now and then, and at every evaluation."""
         if self._console.is_terminal:
             return
         now = time.monotonic()
-        evaluated = any(key.startswith("val/") for key in metrics)
-        if evaluated or now - self._spoken.get(name, 0) > _LINE_EVERY:
-            self._spoken[name] = now
+        evaluated = any(key.startswith("val/") for key in watched.metrics)
+        if evaluated or now - watched.spoken > _LINE_EVERY:
+            watched.spoken = now
             self.say(line)
 
     def finished(self, result: StageResult) -> None:
         """A stage is done, now or before."""
-        if result.name in self._tasks:
-            self._progress.remove_task(self._tasks.pop(result.name))
         how = "was done before, not run again" if result.reused else "done"
         metric, path = headline(result.checkpoint.state), result.checkpoint.path
-        self.say(f"{result.name}: {how}: {metric}, checkpoint {path}")
+        self.say(f"{result.name}: {how}: {metric}, checkpoint {path}{self._let_go(result.name)}")
+
+    def stopped(self, name: str, how: str) -> None:
+        """A stage was asked to stop, and did."""
+        self.say(f"{name}: {how}{self._let_go(name)}", "yellow")
 
     def failed(self, name: str, reason: str) -> None:
         """A stage failed."""
-        if name in self._tasks:
-            self._progress.remove_task(self._tasks.pop(name))
-        self.say(f"{name}: failed: {reason}", "red")
+        self.say(f"{name}: failed: {reason}{self._let_go(name)}", "red")
+
+    def _let_go(self, name: str) -> str:
+        """A stage no longer runs; what it has cost."""
+        watched = self._watched.pop(name, None)
+        if watched is None:
+            return ""
+        self._progress.remove_task(watched.task)
+        for event in watched.events.new():
+            watched.account.take(event)
+        return f" ({in_brief(watched.account.bill())})"
 
 
-def _detail(planned: PlannedStage, step: int, metrics: dict[str, float]) -> str:
-    parts = []
+def _detail(watched: _Watched) -> str:
+    planned, metrics, parts = watched.planned, watched.metrics, []
     if "train/loss" in metrics:
-        speed = metrics["train/images_per_second"]
-        left = (planned.steps - step) * planned.stage.global_batch / max(speed, 1e-9)
-        parts += [f"loss {metrics['train/loss']:.3f}", f"{speed:.0f} images/s"]
-        parts += [f"{left / 60:.1f} min left"] if step < planned.steps else []
+        parts.append(f"loss {metrics['train/loss']:.3f}")
+        parts.append(f"{metrics['train/images_per_second']:.0f} images/s")
+    if "train/mfu" in metrics:
+        parts.append(f"MFU {metrics['train/mfu']:.1%}")
     name = HEADLINE[planned.stage.task]
     if name in metrics:
         parts.append(f"{name} {metrics[name]:.4f}")
-    return ", ".join(parts)
+    if not parts:
+        parts.append("starting workers")
+    return ", ".join(parts + so_far(watched.account, planned.steps, time.time()))
 
 
 def result_table(results: Sequence[StageResult], storage: Path) -> list[Table | str]:
-    """Stage, metric, origin, checkpoint and MLflow run of every stage, and how to open MLflow."""
+    """What the stages came to, what they have cost, and how to open MLflow."""
     uri = tracking_uri(storage)
     table = Table(title=f"Stages; checkpoints under {storage}", title_justify="left", box=SIMPLE)
     for column in (
@@ -175,12 +214,29 @@ def result_table(results: Sequence[StageResult], storage: Path) -> list[Table | 
     command = ui_command(uri)
     how = f"{command}, then the links above" if command else uri
     trace = f"{program('atrous')} lineage STAGE --storage {shlex.quote(str(storage))}"
-    return [table, f"MLflow: {how}", f"The chain of a stage back to raw data: {trace}"]
+    return [
+        table,
+        bill_table(results),
+        f"MLflow: {how}",
+        f"The chain of a stage back to raw data: {trace}",
+    ]
+
+
+def _stages(job: Job) -> Sequence[StageSettings]:
+    return job.stages if isinstance(job, PipelineJob) else (job,)
+
+
+def job_warnings(job: Job) -> list[str]:
+    """What makes results worse without failing, for --dry-run."""
+    return [
+        f"{stage.name}: warning: {warning}"
+        for stage in _stages(job)
+        for warning in stage_warnings(stage)
+    ]
 
 
 def summary(job: Job) -> Table:
     """What a job file asks for, for --dry-run."""
-    stages: Sequence[StageSettings] = job.stages if isinstance(job, PipelineJob) else (job,)
     table = Table(title=f"{job.kind} {job.name}", title_justify="left")
     for column in (
         "stage",
@@ -194,7 +250,7 @@ def summary(job: Job) -> Table:
         "workers",
     ):
         table.add_column(column, overflow="fold")
-    for stage in stages:
+    for stage in _stages(job):
         table.add_row(
             stage.name,
             stage.task,
