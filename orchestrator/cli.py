@@ -1,23 +1,21 @@
 """The command line. Nothing heavy is imported before a command runs."""
 
-import os
 import sys
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from orchestrator.cli_data import data
+from orchestrator.cli_runs import commands
 
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_show_locals=False,
     help="Train DeepLabv3+ as one lineage of stages on Ray.",
 )
-data = typer.Typer(no_args_is_help=True, help="Make, and prepare, data sets.")
 app.add_typer(data, name="data")
-
-Splits = Annotated[
-    list[str] | None, typer.Option("--split", help="Only these splits (repeatable).")
-]
+app.add_typer(commands)
 
 
 @app.command()
@@ -29,150 +27,52 @@ def run(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Validate and show, run nothing.")
     ] = False,
+    only: Annotated[
+        list[str] | None, typer.Option(help="Of a pipeline, this stage (repeatable).")
+    ] = None,
+    start_at: Annotated[
+        str | None, typer.Option("--from", help="This stage, and all that start from it.")
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Run again what is done; the earlier run is kept.")
+    ] = False,
 ) -> None:
     """Run a stage or a pipeline; what was done before is found and not done again."""
     from rich.console import Console
 
     from orchestrator.job_file import load_job
+    from orchestrator.selection import select
 
-    job = load_job(job_file, tuple(override or ()))
+    job = select(load_job(job_file, tuple(override or ())), only or (), start_at)
     console = Console(width=None if sys.stdout.isatty() else 160)
-    from orchestrator.report import Display, result_table, show_log, summary
+    from orchestrator.report import Display, job_warnings, result_table, show_log, summary
 
     if dry_run:
         console.print(summary(job))
+        for line in job_warnings(job):
+            console.print(line, style="yellow", soft_wrap=True, markup=False, highlight=False)
         return
     from orchestrator.pipeline import run_job
+    from orchestrator.preflight import finding_lines, preflight
+    from orchestrator.stop import Interrupted, Signals
 
+    report = preflight(job)
+    told_later = {line.partition(": warning: ")[2] for line in job_warnings(job)}
+    for line, style in finding_lines(one for one in report.findings if one.text not in told_later):
+        console.print(line, style=style, soft_wrap=True, markup=False, highlight=False)
+    if report.errors:
+        raise typer.Exit(1)
     show_log(console)
-    with Display(console) as display:
-        results = run_job(job, display)
+    signals = Signals()
+    signals.listen()
+    try:
+        with Display(console) as display:
+            results = run_job(job, display, signals, force=force)
+    except Interrupted as signal:
+        typer.echo(f"{signal}: the same command goes on from the last checkpoint", err=True)
+        raise typer.Exit(128 + signal.number) from None
     for part in result_table(results, Path(job.storage)):
         console.print(part, soft_wrap=isinstance(part, str), markup=False, highlight=False)
-
-
-@data.command()
-def synthesize(
-    destination: Path,
-    seed: int = 0,
-    layout: Annotated[
-        list[str] | None,
-        typer.Option(help="imagenet, multilabel, coco, voc, cityscapes; default all."),
-    ] = None,
-) -> None:
-    """Draw textured objects on cluttered backgrounds in the original layouts of the data sets."""
-    from data_pipeline.formats.synthetic import synthesize as draw
-
-    for name, folder in draw(destination, seed=seed, layouts=layout).items():
-        typer.echo(f"{name}: {folder}")
-
-
-@data.command()
-def prepare(
-    layout: Annotated[
-        str, typer.Argument(help="imagenet, multilabel, coco, voc, cityscapes or folder.")
-    ],
-    source: Annotated[
-        Path, typer.Argument(help="Its folder, unpacked or with the archives as published.")
-    ],
-    destination: Annotated[str, typer.Argument(help="A directory, or s3://bucket/prefix.")],
-    split: Splits = None,
-    skip_broken: Annotated[
-        bool, typer.Option("--skip-broken", help="Leave broken inputs out and count them.")
-    ] = False,
-    limit: Annotated[int | None, typer.Option(help="At most so many samples of a split.")] = None,
-    workers: Annotated[int | None, typer.Option(help="Processes; default: one per core.")] = None,
-) -> None:
-    """Write WebDataset shards and their manifest from a data set in its original layout."""
-    from rich.console import Console
-
-    from data_pipeline.prepare import Settings
-    from data_pipeline.prepare import prepare as write
-    from orchestrator.report import Display
-
-    console = Console()
-    with Display(console) as display:
-        with display.preparing(PurePath(destination).name) as progress:
-            manifests = write(
-                layout,
-                source,
-                destination,
-                Settings(limit=limit, on_broken="skip" if skip_broken else "fail"),
-                splits=tuple(split) if split else None,
-                workers=workers,
-                progress=progress,
-            )
-        display.prepared(manifests.values())
-        for name, manifest in manifests.items():
-            display.say(f"{name}: {manifest.num_samples} samples, manifest {manifest.digest}")
-
-
-@data.command()
-def inspect(
-    place: Annotated[str, typer.Argument(help="A prepared data set or split, local or s3://.")],
-    out: Annotated[
-        Path | None, typer.Option(help="Write contact sheets and index.html to this directory.")
-    ] = None,
-    limit: Annotated[
-        int | None, typer.Option(min=1, help="At most so many samples of a split, drawn.")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
-    """Count classes, sizes, ids and duplicates, and warn about what ruins training."""
-    import json
-
-    from rich.console import Console
-
-    from orchestrator.inspection import inspect as look
-    from orchestrator.inspection import show
-
-    console = Console(width=None if sys.stdout.isatty() else 160, stderr=as_json)
-    found = look(place, out, limit, console)
-    if as_json:
-        splits = [split.as_dict() for split in found.splits]
-        typer.echo(json.dumps({"splits": splits, "warnings": found.warnings}))
-    else:
-        show(found, console)
-
-
-@data.command()
-def verify(
-    place: Annotated[str, typer.Argument(help="A prepared data set or split, local or s3://.")],
-    threads: Annotated[int, typer.Option(min=1, help="Shards read at the same time.")] = 4,
-) -> None:
-    """Compare every shard and sample with the manifest's digests; exit status 1 for a damage."""
-    from rich.console import Console
-
-    from orchestrator.inspection import describe_damage, verify_all
-
-    results = verify_all(place, threads, Console(stderr=True))
-    for line in describe_damage(results):
-        typer.echo(line)
-    for split, reports in results.items():
-        damaged = sum(not report.intact for report in reports)
-        samples = sum(report.num_samples for report in reports)
-        verdict = f"{damaged} damaged" if damaged else "all intact"
-        typer.echo(f"{split}: {len(reports)} shards, {samples} samples: {verdict}")
-    if not all(report.intact for reports in results.values() for report in reports):
-        typer.echo("copy the damaged shards again, or prepare the data set again", err=True)
-        raise typer.Exit(1)
-
-
-@app.command()
-def lineage(
-    target: Annotated[
-        str, typer.Argument(help="A stage, run directory, MLflow run id or checkpoint.")
-    ],
-    storage: Annotated[
-        Path | None, typer.Option(help="Default: $ATROUS_STORAGE, else ~/atrous.")
-    ] = None,
-) -> None:
-    """Print the chain of a checkpoint back to raw data, with digests and metrics."""
-    from orchestrator.lineage import as_lines, find_checkpoint, trace
-
-    place = storage or Path(os.environ.get("ATROUS_STORAGE") or "~/atrous")
-    checkpoint = find_checkpoint(target, place.expanduser().absolute())
-    typer.echo("\n".join(as_lines(trace(checkpoint))))
 
 
 @app.command()

@@ -1,5 +1,6 @@
 """The chain of a stage, run or checkpoint back to raw data, read from the storage alone."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,45 @@ def as_lines(link: Link) -> list[str]:
     if link.broken:
         return [*lines, f"  chain broken: {link.broken}"]
     for record in state["parents"]:
-        place = record.get("origin") or record["weights"]
-        lines.append(f"  started from {place} (sha256 {record['digest']})")
+        lines.append(f"  started from {_origin(record)} (sha256 {record['digest']})")
     return lines if state["parents"] else [*lines, "  started from scratch (random initialisation)"]
+
+
+def as_records(link: Link) -> list[dict[str, Any]]:
+    """The chain for programs: this stage first, its ancestors after it."""
+    state = link.checkpoint.state
+    record = {
+        "stage": state["stage"],
+        "step": state["step"],
+        "metrics": state["metrics"],
+        "checkpoint": str(link.checkpoint.path),
+        "digest": link.checkpoint.digest,
+        "fingerprint": state["fingerprint"],
+        "data": state["data"],
+        "parents": state["parents"],
+        "mlflow_run_id": link.run_id,
+        "broken": link.broken,
+    }
+    return [record, *(as_records(link.parent) if link.parent else [])]
+
+
+def as_dot(link: Link) -> list[str]:
+    """The chain for Graphviz: data sets, stages, and what each took of which."""
+    lines = ["digraph lineage {", "  rankdir=LR; node [shape=box, fontname=sans];"]
+    for record in as_records(link):
+        node = f"{record['stage']}\\nstep {record['step']}\\nsha256 {record['digest'][:12]}"
+        own = json.dumps(record["digest"])
+        lines.append(f'  {own} [label="{node}"];')
+        for role, data in record["data"].items():
+            split = json.dumps(f"{data['dataset']}/{data['split']} {data['digest'][:12]}")
+            lines.append(f"  {split} [shape=cylinder]; {split} -> {own} [label={role}];")
+        for parent in record["parents"]:
+            source = json.dumps(parent["digest"])
+            lines.append(f'  {source} -> {own} [label="{parent["take"]}"];')
+            if not parent.get("stage"):
+                lines.append(f"  {source} [label={json.dumps(_origin(parent))}];")
+    return [*lines, "}"]
+
+
+def _origin(parent: dict[str, Any]) -> str:
+    return str(parent.get("origin") or parent["weights"])

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from orchestrator.runs import all_runs
-from tests.unit.orchestrator.jobs import pipeline_job, write
+from tests.unit.orchestrator.jobs import pipeline_job, stage_job, write
 
 pytestmark = pytest.mark.cluster
 ROOT = Path(__file__).parents[2]
@@ -129,3 +129,32 @@ def test_a_failing_stage_fails_the_job(
     command = [*RAY, "job", "logs", "--address", cluster["RAY_API_SERVER_ADDRESS"], identity[0]]
     logs = subprocess.run(command, env=cluster, capture_output=True, text=True, check=True)
     assert "no finished run of it under" in logs.stdout
+
+
+def test_atrous_submit_packs_a_project_and_ends_as_its_job(
+    cluster: dict[str, str],
+    submitted: subprocess.CompletedProcess[str],
+    tiny_data: Path,
+    tmp_path: Path,
+) -> None:
+    """The stage that the pipeline before did is found done."""
+    job = stage_job(tiny_data, cluster={"workers": 2})
+    write(tmp_path / "tiny.yaml", job)
+    for command in (["init"], ["add", "tiny.yaml"], ["commit", "-m", "job"]):
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        subprocess.run(["git", "-C", str(tmp_path), *identity, *command], check=True)
+    command = [sys.executable, "-m", "orchestrator", "submit", "tiny.yaml", "--follow"]
+    command += ["--address", cluster["RAY_API_SERVER_ADDRESS"]]
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*command, *arguments], env=cluster, cwd=tmp_path, capture_output=True, text=True
+        )
+
+    good = run()
+    assert good.returncode == 0, good.stdout + good.stderr
+    assert "largest: tiny.yaml" in good.stdout
+    assert "tiny-imagenet: was done before" in good.stdout
+    bad = run("--set", "global_batch=4000")
+    assert bad.returncode == 1, bad.stdout + bad.stderr
+    assert "do not fill a global batch of 4000" in bad.stdout

@@ -1,0 +1,389 @@
+"""What is wrong with a job, and what it will take, before anything of it runs."""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from rich.box import SIMPLE
+from rich.table import Table
+
+from data_pipeline.dataset import Dataset, open_dataset
+from data_pipeline.errors import DataError
+from data_pipeline.manifest import Manifest
+from data_pipeline.storage import is_local, join, open_storage
+from orchestrator.checkpoint import Checkpoint
+from orchestrator.config import Job, PipelineJob, Prepared, StageSettings
+from orchestrator.duration import to_steps
+from orchestrator.errors import AtrousError
+from orchestrator.forecast import Device, Forecast, find_device, forecast, published_size
+from orchestrator.machine import (
+    Finding,
+    check_cluster,
+    check_machine,
+    check_storage,
+    check_tracking,
+)
+from orchestrator.runs import Run, all_runs
+from orchestrator.sections import Steps
+from orchestrator.selection import why
+from orchestrator.stage import build_on_meta, finished_result, plan_stage, shapes_of
+from orchestrator.stage_checks import check_data, stage_warnings
+from orchestrator.start import Start, plan_hand_over, read_shapes, resolve_start
+
+if TYPE_CHECKING:
+    from model.build import Network
+
+_FULL = 0.9  # share of a device's memory
+_SHARDS_LOOKED_AT = 200  # of a split, evenly spread
+
+
+@dataclass(kw_only=True)
+class Report:
+    """Findings, and a forecast of every stage whose data is there."""
+
+    findings: list[Finding] = field(default_factory=list)
+    forecasts: list[Forecast] = field(default_factory=list)
+    done: list[str] = field(default_factory=list)  # stages that an earlier run finished
+    unknown: dict[str, str] = field(default_factory=dict)  # stage -> why there is no forecast
+    changes: dict[str, list[str]] = field(default_factory=dict)  # stage -> since its newest run
+
+    @property
+    def errors(self) -> list[Finding]:
+        """What keeps the job from running."""
+        return [one for one in self.findings if one.level == "error"]
+
+    @contextmanager
+    def noting(self, where: str) -> Iterator[None]:
+        """Turn errors that a user can act on into findings."""
+        try:
+            yield
+        except (AtrousError, DataError, OSError) as error:
+            text = str(error).removeprefix(f"{where}: ")
+            self.findings.append(Finding("error", where, text))
+
+    def warn(self, where: str, text: str) -> None:
+        """Note what works and yet may surprise."""
+        self.findings.append(Finding("warning", where, text))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Foreseen:
+    """A stage that will have run: what a later one takes from it."""
+
+    shapes: dict[str, tuple[int, ...]]
+    task: str
+    class_names: tuple[str, ...]
+
+
+def preflight(job: Job, *, look_at_cluster: bool = True) -> Report:
+    """Check everything that can be known without training, in seconds and without a GPU."""
+    return _Preflight(job).run(look_at_cluster)
+
+
+class _Data(NamedTuple):
+    """Samples and class names of a stage's data."""
+
+    train: int
+    val: int
+    class_names: tuple[str, ...]
+
+
+class _Preflight:
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._storage = Path(job.storage)
+        self._stages = job.stages if isinstance(job, PipelineJob) else (job.settings,)
+        self._report = Report()
+        self._foreseen: dict[str, _Foreseen] = {}
+        self._looked_at: set[str] = set()
+        self._results: dict[str, Checkpoint] = {}
+
+    def run(self, look_at_cluster: bool) -> Report:
+        report = self._report
+        if isinstance(self._job, PipelineJob):
+            self._check_sources(self._job)
+        gpus: Sequence[str] = ()
+        if look_at_cluster:
+            found, gpus = check_cluster(self._stages)
+            report.findings += found
+        for stage in in_order(self._stages):
+            with report.noting(stage.name):
+                self._check_stage(stage, find_device(stage.cluster.gpus_per_worker, gpus))
+        room = sum(
+            one.checkpoint * (stage.checkpoint.keep + stage.checkpoint.keep_best + 1)
+            for one in report.forecasts
+            for stage in self._stages
+            if stage.name == one.stage and one.stage not in report.done
+        )
+        report.findings += check_storage(self._storage, room)
+        report.findings += check_tracking(self._storage)
+        report.findings += check_machine(self._stages)
+        return report
+
+    def _check_sources(self, job: PipelineJob) -> None:
+        """Data sets that are to be prepared need their sources."""
+        for name, wanted in job.datasets.items():
+            if wanted.source is None or not is_local(wanted.source):
+                continue
+            if not self._is_prepared(name) and not Path(wanted.source).exists():
+                self._report.findings.append(
+                    Finding(
+                        "error",
+                        f"datasets.{name}",
+                        f"source: {wanted.source} does not exist, and {name} is not prepared "
+                        f"under {job.data_directory}; correct it, or prepare the data set there",
+                    )
+                )
+
+    def _is_prepared(self, name: str) -> bool:
+        storage = open_storage(join(self._job.data_directory, name))
+        return any(one.endswith("manifest.parquet") for one in storage.names(""))
+
+    def _check_stage(self, stage: StageSettings, device: Device) -> None:
+        report = self._report
+        for text in stage_warnings(stage):
+            report.warn(stage.name, text)
+        data = self._data_of(stage)
+        if data is None:
+            return
+        steps = to_steps(stage.duration, data.train // stage.global_batch)
+        for text in duration_warnings(stage, steps, data.train // stage.global_batch):
+            report.warn(stage.name, text)
+        network = build_on_meta(stage, len(data.class_names))
+        shapes = shapes_of(network)
+        with report.noting(stage.name):
+            self._check_start(stage, shapes, data.class_names)
+        self._foreseen[stage.name] = _Foreseen(
+            shapes=shapes, task=stage.task, class_names=data.class_names
+        )
+        self._reckon(stage, network, data, steps, device)
+        self._look_for_result(stage)
+
+    def _data_of(self, stage: StageSettings) -> _Data | None:
+        """What is prepared, else what the job prepares first, by its published size."""
+        used = stage.data
+        to_come = self._to_come(stage)
+        if to_come is None:
+            train = open_dataset(self._job.data_directory, used.train.dataset, used.train.split)
+            val = open_dataset(self._job.data_directory, used.val.dataset, used.val.split)
+            for split in (train, val):
+                self._look_at(split, stage.name)
+            check_data(stage, train, val)
+            return _Data(train.num_samples, val.num_samples, train.manifest.class_names)
+        published = [
+            published_size(to_come.format, split) for split in (used.train.split, used.val.split)
+        ]
+        known = [size for size in published if size is not None]
+        if to_come.synthesize is None and len(known) == len(published):
+            names = tuple(f"{to_come.format} {number}" for number in range(known[0].classes))
+            return _Data(known[0].samples, known[1].samples, names)
+        self._report.unknown[stage.name] = f"{used.train.dataset} is prepared first"
+        return None
+
+    def _to_come(self, stage: StageSettings) -> Prepared | None:
+        """A data set of the stage that the job itself prepares and has not yet."""
+        datasets = self._job.datasets if isinstance(self._job, PipelineJob) else {}
+        used = (stage.data.train.dataset, stage.data.val.dataset)
+        names = [name for name in used if name in datasets and not self._is_prepared(name)]
+        return datasets[names[0]] if names else None
+
+    def _look_at(self, split: Dataset, where: str) -> None:
+        """Shards are there, of the size in the manifest, and the first sample is readable."""
+        manifest = split.manifest
+        if manifest.digest in self._looked_at:
+            return
+        self._looked_at.add(manifest.digest)
+        with self._report.noting(where):
+            _check_shards(manifest)
+            split.read(*split.locate(0))
+
+    def _check_start(
+        self, stage: StageSettings, shapes: dict[str, tuple[int, ...]], names: tuple[str, ...]
+    ) -> None:
+        """start_from resolves and fits, tensor by tensor; of stages to come by their shapes."""
+        wanted = stage.start_from
+        if wanted is None:
+            return
+        earlier = self._foreseen.get(wanted.checkpoint)
+        if earlier is not None:
+            take = wanted.take or ("network" if earlier.task == stage.task else "backbone")
+            start = Start(
+                weights=wanted.checkpoint, digest="", take=take, class_names=earlier.class_names
+            )
+            plan_hand_over(shapes, earlier.shapes, start, names)
+        elif wanted.checkpoint not in self._report.unknown:
+            start_now = resolve_start(stage, self._storage, {})
+            if start_now is not None:
+                plan_hand_over(shapes, read_shapes(Path(start_now.weights)), start_now, names)
+
+    def _reckon(
+        self, stage: StageSettings, network: "Network", data: _Data, steps: int, device: Device
+    ) -> None:
+        report = self._report
+        found = forecast(stage, network, (data.train, data.val), steps, device, self._runs)
+        report.forecasts.append(found)
+        room = found.device.bytes
+        if room and found.memory > _FULL * room and stage.micro_batch != "auto":
+            report.warn(
+                stage.name,
+                f"a training step needs about {found.memory / 2**30:.0f} GiB of a worker, an "
+                f"{found.device.name} has {room / 2**30:.0f}; set micro_batch (auto finds what "
+                "fits), or take more workers",
+            )
+        every = to_steps(stage.checkpoint.every, data.train // stage.global_batch)
+        hours = found.hours * min(every, steps) / steps
+        if hours > 1:
+            report.warn(
+                stage.name,
+                f"checkpoint.every: {stage.checkpoint.every} is about {hours:.1f} hours, which a "
+                "failure would cost; write them more often",
+            )
+
+    def _look_for_result(self, stage: StageSettings) -> None:
+        """Whether an earlier run did the stage, or all that it starts from."""
+        start = stage.start_from
+        if start and start.checkpoint in self._foreseen and start.checkpoint not in self._results:
+            return
+        report = self._report
+        with report.noting(stage.name):
+            planned = plan_stage(stage, self._storage, self._job.data_directory, self._results)
+            report.changes[stage.name] = list(why(planned, self._runs))
+            result = finished_result(planned)
+            if result is not None:
+                self._results[stage.name] = result.checkpoint
+                report.done.append(stage.name)
+
+    @cached_property
+    def _runs(self) -> list[Run]:
+        return all_runs(self._storage)
+
+
+def plan_table(job: Job, report: Report) -> Table:
+    """What would happen, and what it would take, a line for each stage."""
+    stages = in_order(job.stages if isinstance(job, PipelineJob) else (job.settings,))
+    of_stage = {one.stage: one for one in report.forecasts}
+    table = Table(title=f"{job.kind} {job.name}", title_justify="left", box=SIMPLE)
+    for column in ("stage", "data", "starts from", "length", "batch", "workers", "a worker needs"):
+        table.add_column(column, overflow="fold")
+    for column in ("hours", "GPU-hours", "money"):
+        table.add_column(column, justify="right")
+    for stage in stages:
+        table.add_row(
+            stage.name,
+            f"{stage.data.train.dataset}/{stage.data.train.split}",
+            stage.start_from.checkpoint if stage.start_from else "scratch",
+            *_length(stage, of_stage.get(stage.name)),
+            *_costs(stage, report, of_stage.get(stage.name)),
+        )
+    left = [one for one in report.forecasts if one.stage not in report.done]
+    money = [one.money for one in left if one.money is not None]
+    table.add_section()
+    table.add_row(
+        *("to run", "", "", "", "", "", ""),
+        f"{sum(one.hours for one in left):.1f}",
+        f"{sum(one.gpu_hours for one in left):.1f}",
+        f"{sum(money):.2f}" if money else "-",
+    )
+    return table
+
+
+def _length(stage: StageSettings, found: Forecast | None) -> tuple[str, str, str, str]:
+    cluster = stage.cluster
+    gpus = f" x {cluster.gpus_per_worker:g} GPU" if cluster.gpus_per_worker else ""
+    elastic = cluster.min_workers < cluster.max_workers
+    least = f"{cluster.min_workers} to " if elastic else ""
+    workers = f"{least}{cluster.max_workers}{gpus}" if cluster.max_workers else "this process"
+    if found is None:
+        return str(stage.duration), str(stage.global_batch), workers, "-"
+    length = f"{found.steps} steps, {found.epochs:.3g} epochs"
+    need = f"{found.memory / 2**30:.1f} GiB, {found.checkpoint / 2**20:.0f} MiB a checkpoint"
+    return length, str(stage.global_batch), workers, need
+
+
+def _costs(stage: StageSettings, report: Report, found: Forecast | None) -> tuple[str, str, str]:
+    if stage.name in report.done:
+        return "was done", "", ""
+    if found is None:
+        return report.unknown.get(stage.name, "see below"), "", ""
+    gpu_hours = f"{found.gpu_hours:.1f}" if found.gpu_hours else "-"
+    return f"{found.hours:.1f}", gpu_hours, "-" if found.money is None else f"{found.money:.2f}"
+
+
+def finding_lines(findings: Iterable[Finding]) -> Iterator[tuple[str, str]]:
+    """(line, style) of each finding."""
+    for one in findings:
+        yield f"{one.where}: {one.level}: {one.text}", "red" if one.level == "error" else "yellow"
+
+
+def basis_lines(report: Report) -> list[str]:
+    """Where the hours come from."""
+    bases = dict.fromkeys(one.device.basis for one in report.forecasts)
+    return [f"Hours on the least workers, reckoned from {basis}." for basis in bases]
+
+
+def in_order(stages: Sequence[StageSettings]) -> list[StageSettings]:
+    """The stages of a job, each after the one it starts from."""
+    waiting, ordered = list(stages), list[StageSettings]()
+    while waiting:
+        names = {stage.name for stage in waiting}
+        ready = [s for s in waiting if not s.start_from or s.start_from.checkpoint not in names]
+        ordered += ready
+        waiting = [stage for stage in waiting if stage not in ready]
+    return ordered
+
+
+def _check_shards(manifest: Manifest) -> None:
+    """The shards (of very many, some) have the sizes that the manifest says.
+
+    Raises:
+        DataError: one is missing or of another size.
+    """
+    every = max(1, len(manifest.shards) // _SHARDS_LOOKED_AT)
+    for shard in manifest.shards[::every]:
+        size = manifest.shard_storage.size(shard.name)
+        if size != shard.size:
+            there = "is missing" if size is None else f"has {size} bytes"
+            raise DataError(
+                f"{manifest.place}: shard {shard.name} {there}, the manifest says {shard.size}; "
+                "copy it again or prepare (index) the data set again (atrous data verify finds all)"
+            )
+
+
+def duration_warnings(stage: StageSettings, steps: int, steps_per_epoch: int) -> Iterator[str]:
+    """Times of a stage, written in its job file, that do not fit into its length."""
+
+    def is_longer(value: int | str | None) -> bool:
+        return value is not None and to_steps(value, steps_per_epoch) > steps
+
+    hard = stage.loss.hard_pixels
+    for name, given, value, then in (
+        (
+            "evaluate.every",
+            stage.evaluate,
+            stage.evaluate.every,
+            "it is evaluated once, at the end",
+        ),
+        ("checkpoint.every", stage.checkpoint, stage.checkpoint.every, "a failure costs all of it"),
+        ("schedule.warmup", stage.schedule, stage.schedule.warmup, "the rate never gets to lr"),
+        ("loss.hard_pixels.anneal", hard, hard.anneal if hard else None, "fraction is not reached"),
+        ("log_every", stage, stage.log_every, "one line is logged, at the end"),
+    ):
+        if given and name.rpartition(".")[2] in given.model_fields_set and is_longer(value):
+            yield f"{name}: {value} is longer than the training of {steps} steps: {then}"
+    if isinstance(stage.schedule, Steps):
+        late = [value for value in stage.schedule.milestones if is_longer(value)]
+        if late:
+            yield f"schedule.milestones: {late} lie after the end of the training ({steps} steps)"
+    both = math.lcm(
+        to_steps(stage.evaluate.every, steps_per_epoch),
+        to_steps(stage.checkpoint.every, steps_per_epoch),
+    )
+    if stage.checkpoint.keep_best and both >= steps:
+        yield (
+            "checkpoint.keep_best: no checkpoint but the last is of an evaluated step: give "
+            "checkpoint.every the time of evaluate.every"
+        )
