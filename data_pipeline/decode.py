@@ -19,6 +19,7 @@ import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
+from zlib_ng import zlib_ng
 
 from data_pipeline.errors import DataError
 
@@ -61,6 +62,20 @@ def decode_image_scaled(data: bytes, key: str, *, min_height: int, min_width: in
         return _decode_other(data)
 
 
+def decode_image_rgbx(data: bytes, key: str) -> Pixels:
+    """Decode an image to `(H, W, 4)`: RGB and a channel without meaning.
+
+    OpenCV resamples four channels more than twice as fast as three.
+
+    Raises:
+        DataError: damaged, of an unknown format, or larger than MAX_PIXELS.
+    """
+    with _naming("image", key):
+        jpeg = data.startswith(_JPEG)
+        image = _decode_jpeg(data, 0, 0, "RGBX") if jpeg else decode_image(data, key)
+        return image if image.shape[2] == 4 else cv2.cvtColor(image, cv2.COLOR_RGB2RGBA)
+
+
 def decode_mask(data: bytes, key: str) -> Pixels:
     """Decode a PNG of class ids, grey or palette, to `(H, W)`.
 
@@ -78,7 +93,8 @@ def decode_mask(data: bytes, key: str) -> Pixels:
             raise ValueError(
                 f"bit depth {depth}, colour type {color}; a mask has 8 bits, 1 channel"
             )
-        return _decode_png(data, cv2.IMREAD_UNCHANGED)
+        mask = _decode_unfiltered(data)
+        return _decode_png(data, cv2.IMREAD_UNCHANGED) if mask is None else mask
 
 
 def decode_class(data: bytes, key: str) -> int:
@@ -116,18 +132,18 @@ def _naming(what: str, key: str) -> Iterator[None]:
         raise DataError(f"{key}: cannot decode the {what} ({error}); prepare it again") from error
 
 
-def _decode_jpeg(data: bytes, min_height: int, min_width: int) -> Pixels:
+def _decode_jpeg(data: bytes, min_height: int, min_width: int, colorspace: str = "RGB") -> Pixels:
     try:
-        height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
+        height, width, stored, _ = simplejpeg.decode_jpeg_header(data)
     except (ValueError, KeyError):
         # Warnings about a header leave the pixels as they are, and some kinds of subsampling are
         # just unknown to TurboJPEG; Pillow raises where a header is really damaged.
         return _decode_other(data)
     _check_size(height, width)
-    if colorspace in ("CMYK", "YCCK"):
+    if stored in ("CMYK", "YCCK"):
         simplejpeg.decode_jpeg(data, "CMYK")  # for its errors: Pillow does not see all damage
         return _decode_other(data)  # libjpeg-turbo does not turn these into RGB
-    how = {"colorspace": "RGB", "min_height": min_height, "min_width": min_width}
+    how = {"colorspace": colorspace, "min_height": min_height, "min_width": min_width}
     try:
         return simplejpeg.decode_jpeg(data, **how)
     except ValueError as error:
@@ -142,6 +158,36 @@ def _decode_png(data: bytes, mode: int) -> Pixels:
     if array is None:
         raise ValueError("damaged PNG")
     return array
+
+
+def _decode_unfiltered(data: bytes) -> Pixels | None:
+    """The pixels of a grey PNG as preparation writes masks, in a tenth of libpng's time.
+
+    None: rows are filtered or interlaced, or a check fails; libpng then decides.
+    """
+    height, width = _png_size(data)
+    pixels = zlib_ng.decompressobj()
+    try:
+        raw = pixels.decompress(b"".join(_png_pixels(data)), height * (width + 1) + 1)
+    except zlib_ng.error:  # type: ignore[misc]  # a class; its stub says otherwise
+        return None
+    if data[28] != 0 or not pixels.eof or len(raw) != height * (width + 1):
+        return None
+    rows = np.frombuffer(raw, np.uint8).reshape(height, width + 1)  # the first byte: the filter
+    return None if rows[:, 0].any() else np.ascontiguousarray(rows[:, 1:])
+
+
+def _png_pixels(data: bytes) -> Iterator[bytes]:
+    """The compressed pixels, chunk by chunk; nothing more from one that is damaged on."""
+    position = len(_PNG)
+    while position + 12 <= len(data):
+        end = position + 8 + struct.unpack_from(">I", data, position)[0]
+        chunk = data[position + 4 : end]  # its name and content; four bytes of checksum follow
+        if zlib_ng.crc32(chunk).to_bytes(4, "big") != data[end : end + 4]:
+            return
+        if chunk.startswith(b"IDAT"):
+            yield chunk[4:]
+        position = end + 4
 
 
 def _decode_palette(data: bytes) -> Pixels:

@@ -12,44 +12,24 @@ from itertools import chain, tee
 from random import Random
 from time import perf_counter
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from data_pipeline.bad_samples import BadSample, first_good
 from data_pipeline.blocks import BlockReader
 from data_pipeline.config import Crop, EvalData, OnBadSample, TrainData, as_size
 from data_pipeline.dataset import Dataset, RawSample
-from data_pipeline.decode import (
-    Pixels,
-    decode_class,
-    decode_image,
-    decode_image_scaled,
-    decode_labels,
-    decode_mask,
-)
+from data_pipeline.decode import Pixels
 from data_pipeline.errors import DataError, StorageUnavailable
 from data_pipeline.in_order import InOrder
 from data_pipeline.plan import Plan, SampleIndex, eval_indices, sample_seed
-from data_pipeline.transforms import (
-    SegmentationAugmentation,
-    Size,
-    augment_classification,
-    augment_segmentation,
-    center_crop,
-)
+from data_pipeline.samples import Buffers, Label, Write, evaluation_decoder, training_writer
 
-_Label = Pixels | NDArray[np.float32] | int
-_Prepare = Callable[[RawSample, Random], tuple[Pixels, _Label]]
 _Read = Callable[[int, int], RawSample]
 _Loaded = tuple[str, tuple[BadSample, ...]]  # the key, and what it replaced
 
-_AREA = (0.08, 1.0)
-_SCALE = (0.5, 2.0)
-_IGNORE_LABEL = 255
 _EVAL_BLOCK = 32  # neighbouring samples of a remote data set that evaluation reads together
 
 
@@ -108,7 +88,7 @@ class TrainLoader:
     on_bad_sample: OnBadSample = "fail"
     mean_pixel: tuple[float, float, float] = (127.5, 127.5, 127.5)
     wait_seconds: float = field(default=0.0, init=False)  # how long the consumer has waited so far
-    _batches: InOrder["_Buffers", list[_Loaded]] = field(init=False, repr=False)
+    _batches: InOrder[Buffers, list[_Loaded]] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         plan = Plan(
@@ -126,14 +106,16 @@ class TrainLoader:
             upcoming=_upcoming(replace(plan), steps, self.slots),
         )
         new_buffers = partial(
-            _Buffers.new, self.task, len(self.slots), as_size(self.data.crop), self.num_classes
+            Buffers.new, self.task, len(self.slots), as_size(self.data.crop), self.num_classes
         )
         source = _TrainSource(
             dataset=self.dataset,
             plan=plan,
             slots=self.slots,
             reader=reader,
-            prepare=_train_preparation(self),
+            write=training_writer(
+                self.task, self.dataset, self.data, self.num_classes, self.mean_pixel
+            ),
             new_buffers=new_buffers,
             on_bad_sample=self.on_bad_sample,
         )
@@ -201,7 +183,9 @@ class EvalLoader:
                 yield sample
 
     def _groups(self) -> Iterator[tuple[None, list[Callable[[], EvalSample]]]]:
-        prepare = _eval_preparation(self)
+        prepare = evaluation_decoder(
+            self.task, self.dataset, self.num_classes, self.data.crop or self.crop
+        )
         indices, ahead = tee(self.indices)
         upcoming = ((i, self.dataset.locate(int(index))) for i, index in enumerate(ahead))
         block_size = _EVAL_BLOCK if self.dataset.remote else 1
@@ -211,7 +195,7 @@ class EvalLoader:
                 yield None, [partial(self._load, int(index), reader.read, prepare)]
 
     def _load(
-        self, index: int, read: _Read, prepare: Callable[[RawSample], tuple[Pixels, _Label]]
+        self, index: int, read: _Read, prepare: Callable[[RawSample], tuple[Pixels, Label]]
     ) -> EvalSample:
         place = self.dataset.locate(index)
         try:
@@ -232,25 +216,6 @@ class EvalLoader:
         )
 
 
-@dataclass(frozen=True)
-class _Buffers:
-    """The memory of a batch, written in place by the threads."""
-
-    images: Pixels  # (B, H, W, 3)
-    labels: NDArray[Any]
-
-    @classmethod
-    def new(cls, task: str, batch: int, crop: Size, num_classes: int) -> "_Buffers":
-        labels: NDArray[Any]
-        if task == "segmentation":
-            labels = np.empty((batch, *crop), np.uint8)
-        elif task == "classification":
-            labels = np.empty(batch, np.int64)
-        else:
-            labels = np.empty((batch, num_classes), np.float32)
-        return cls(np.empty((batch, *crop, 3), np.uint8), labels)
-
-
 @dataclass(frozen=True, kw_only=True)
 class _TrainSource:
     """Turns steps into buffers and the calls that fill them."""
@@ -259,13 +224,13 @@ class _TrainSource:
     plan: Plan
     slots: range
     reader: BlockReader
-    prepare: _Prepare
-    new_buffers: Callable[[], _Buffers]
+    write: Write
+    new_buffers: Callable[[], Buffers]
     on_bad_sample: OnBadSample
 
     def groups(
         self, steps: range, threads: int
-    ) -> Iterator[tuple[_Buffers, list[Callable[[], list[_Loaded]]]]]:
+    ) -> Iterator[tuple[Buffers, list[Callable[[], list[_Loaded]]]]]:
         # A call for each thread, not each sample: handing over costs up to a tenth of small images.
         calls = max(1, min(threads, len(self.slots)))
         parts = [eval_indices(len(self.slots), i, calls) for i in range(calls)]
@@ -278,19 +243,19 @@ class _TrainSource:
                 yield buffers, [partial(self.fill, buffers, part, samples, epoch) for part in parts]
 
     def fill(
-        self, buffers: _Buffers, places: range, samples: list[SampleIndex], epoch: int
+        self, buffers: Buffers, places: range, samples: list[SampleIndex], epoch: int
     ) -> list[_Loaded]:
         """Write the samples of some places of the batch."""
         return [self._fill(buffers, place, samples[place], epoch) for place in places]
 
-    def _fill(self, buffers: _Buffers, place: int, sample: SampleIndex, epoch: int) -> _Loaded:
+    def _fill(self, buffers: Buffers, place: int, sample: SampleIndex, epoch: int) -> _Loaded:
         seed = sample_seed(self.plan.seed, epoch, *sample)
 
         def load(index: SampleIndex) -> str:
             # A substitute's whole block would push out one that a slot is still reading.
             raw = (self.reader if index == sample else self.dataset).read(*index)
             with _naming(raw.key, self.dataset.manifest.shards[index.shard].name):
-                buffers.images[place], buffers.labels[place] = self.prepare(raw, Random(seed))
+                self.write(raw, Random(seed), buffers, place)
             return raw.key
 
         if self.on_bad_sample == "fail":
@@ -312,87 +277,3 @@ def _naming(key: str, shard: str) -> Iterator[None]:
     except Exception as error:
         error.add_note(f"while loading sample {key!r} of {shard}")
         raise
-
-
-def _train_preparation(loader: TrainLoader) -> _Prepare:
-    """What turns a raw sample into the image and label of a training batch."""
-    data, crop = loader.data, as_size(loader.data.crop)
-    if loader.task == "segmentation":
-        pair, ignore = _pair_decoder(loader), loader.dataset.manifest.ignore_label
-        how = SegmentationAugmentation(
-            crop=crop,
-            scale=data.scale or _SCALE,
-            scale_step=data.scale_step,
-            flip=data.flip,
-            mean_pixel=loader.mean_pixel,
-            ignore_label=_IGNORE_LABEL if ignore is None else ignore,
-        )
-        return lambda raw, rng: augment_segmentation(*pair(raw), rng, how)
-    label = _label_decoder(loader.task, loader.num_classes)
-    area, flip = data.area or _AREA, data.flip
-
-    def prepare(raw: RawSample, rng: Random) -> tuple[Pixels, _Label]:
-        size = (raw.height, raw.width)
-        return augment_classification(_decoder(raw), size, rng, crop, area, flip), label(raw)
-
-    return prepare
-
-
-def _eval_preparation(loader: EvalLoader) -> Callable[[RawSample], tuple[Pixels, _Label]]:
-    """What turns a raw sample into the image and label to evaluate."""
-    if loader.task == "segmentation":
-        return _pair_decoder(loader)
-    crop = loader.data.crop or loader.crop
-    if crop is None:
-        raise ValueError(f"{loader.task}: set crop in the evaluation data, e.g. 224")
-    size = as_size(crop)
-    label = _label_decoder(loader.task, loader.num_classes)
-    return lambda raw: (center_crop(_decoder(raw), (raw.height, raw.width), size), label(raw))
-
-
-def _decoder(raw: RawSample) -> Callable[[int, int], Pixels]:
-    return lambda height, width: decode_image_scaled(
-        raw.image, raw.key, min_height=height, min_width=width
-    )
-
-
-def _pair_decoder(
-    loader: TrainLoader | EvalLoader,
-) -> Callable[[RawSample], tuple[Pixels, Pixels]]:
-    num_classes, ignore_label = loader.num_classes, loader.dataset.manifest.ignore_label
-
-    def pair(raw: RawSample) -> tuple[Pixels, Pixels]:
-        image, mask = decode_image(raw.image, raw.key), decode_mask(raw.label, raw.key)
-        if image.shape[:2] != mask.shape:
-            raise DataError(
-                f"{raw.key}: the image has {image.shape[:2]} pixels, its mask {mask.shape}; "
-                "correct the pair and prepare the data set again"
-            )
-        unknown = (mask >= num_classes) & (mask != ignore_label)
-        if unknown.any():
-            raise DataError(
-                f"{raw.key}: the mask has ids {np.unique(mask[unknown])[:9].tolist()} in a data "
-                f"set of {num_classes} classes; correct it and prepare the data set again"
-            )
-        return image, mask
-
-    return pair
-
-
-def _label_decoder(task: str, num_classes: int) -> Callable[[RawSample], _Label]:
-    def checked(labels: list[int], key: str) -> list[int]:
-        if any(label >= num_classes for label in labels):
-            raise DataError(f"{key}: class {max(labels)} in a data set of {num_classes} classes")
-        return labels
-
-    def one(raw: RawSample) -> int:
-        return checked([decode_class(raw.label, raw.key)], raw.key)[0]
-
-    def several(raw: RawSample) -> NDArray[np.float32]:
-        target = np.zeros(num_classes, np.float32)
-        target[checked(decode_labels(raw.label, raw.key), raw.key)] = 1
-        return target
-
-    if task not in ("classification", "multilabel"):
-        raise ValueError(f"task {task!r}: know classification, multilabel and segmentation")
-    return one if task == "classification" else several

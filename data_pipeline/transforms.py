@@ -44,23 +44,37 @@ class SegmentationAugmentation:
 
 
 def augment_segmentation(
-    image: Pixels, mask: Pixels, rng: Random, how: SegmentationAugmentation
+    image: Pixels,
+    mask: Pixels,
+    rng: Random,
+    how: SegmentationAugmentation,
+    into: tuple[Pixels, Pixels] | None = None,
 ) -> tuple[Pixels, Pixels]:
     """Random scale, padding at the bottom and right, random crop, random flip, in that order.
 
-    Takes `(H, W, 3)` and `(H, W)`, gives `(*crop, 3)` and `crop`. The image is resized bilinearly,
-    the mask to the nearest pixel, both with aligned corners; only the crop window is computed.
+    Takes RGB `(H, W, 3)` or RGBX `(H, W, 4)` and `(H, W)`, gives RGB `(*crop, 3)` and `crop`, in
+    the memory of `into` where that is given. The image is resized bilinearly, the mask to the
+    nearest pixel, both with aligned corners; only the crop window is computed.
     """
     scale = _draw_scale(rng, how)
-    height, width = image.shape[:2]
-    scaled = (max(1, int(height * scale)), max(1, int(width * scale)))
-    top, left = (_draw_index(rng, max(0, s - c) + 1) for s, c in zip(scaled, how.crop, strict=True))
-    rows = _source_positions(height, scaled[0], top, how.crop[0])
-    columns = _source_positions(width, scaled[1], left, how.crop[1])
-    window = _pad(_sample_bilinear(image, rows, columns), how.crop, how.mean_pixel)
-    labels = _pad(mask[_nearest(rows)][:, _nearest(columns)], how.crop, (how.ignore_label,))
-    if how.flip and rng.random() < 0.5:
-        return cv2.flip(window, 1), cv2.flip(labels, 1)
+    size, crop = mask.shape, how.crop
+    scaled = [max(1, int(side * scale)) for side in size]
+    starts = [_draw_index(rng, max(0, s - c) + 1) for s, c in zip(scaled, crop, strict=True)]
+    rows, columns = map(_source_positions, size, scaled, starts, crop)
+    flip = how.flip and rng.random() < 0.5
+    window, labels = into or (np.empty((*crop, 3), np.uint8), np.empty(crop, np.uint8))
+    height, width = len(rows), len(columns)
+    left = crop[1] - width if flip else 0
+    part = slice(height), slice(left, left + width)
+    columns = columns[::-1] if flip else columns
+    if tuple(scaled) == size:
+        _copy(image, rows, columns, window[part])
+    else:
+        _sample_bilinear(image, rows, columns, window[part])
+    _sample_nearest(mask, rows, columns, labels[part])
+    if (height, width) != crop:
+        _fill_around(window, part, how.mean_pixel)
+        _fill_around(labels, part, (how.ignore_label,))
     return window, labels
 
 
@@ -75,15 +89,22 @@ class Window:
 
 
 def augment_classification(
-    decode: Decode, size: Size, rng: Random, crop: Size, area: tuple[float, float], flip: bool
+    decode: Decode,
+    size: Size,
+    rng: Random,
+    crop: Size,
+    area: tuple[float, float],
+    flip: bool,
+    out: Pixels | None = None,
 ) -> Pixels:
-    """Random window of the image of `size`, resized to `crop`, then a random flip.
+    """Random window of the image of `size`, resized to `crop`, then a random flip; into `out`.
 
     The crop of the Inception network (Szegedy et al. 2015, section 6), aspect ratios 3/4 to 4/3.
     """
     window = random_window(size, rng, area)
-    image = resize_window(decode, size, window, crop)
-    return cv2.flip(image, 1) if flip and rng.random() < 0.5 else image
+    if flip and rng.random() < 0.5:
+        return cv2.flip(resize_window(decode, size, window, crop), 1, dst=out)
+    return resize_window(decode, size, window, crop, out)
 
 
 def center_crop(decode: Decode, size: Size, crop: Size, fraction: float = 0.875) -> Pixels:
@@ -119,11 +140,14 @@ def random_window(size: Size, rng: Random, area: tuple[float, float]) -> Window:
     return Window((height - rows) // 2, (width - columns) // 2, rows, columns)
 
 
-def resize_window(decode: Decode, size: Size, window: Window, crop: Size) -> Pixels:
-    """Cut `window` out of the image of `size` and resize it to `crop`.
+def resize_window(
+    decode: Decode, size: Size, window: Window, crop: Size, out: Pixels | None = None
+) -> Pixels:
+    """Cut `window` out of the image of `size` and resize it to `crop`, into `out`.
 
     The image is decoded no larger than the crop needs. Shrinking averages over areas, which leaves
-    no aliasing at any factor; enlarging, where averaging would repeat pixels, is bilinear.
+    no aliasing at any factor; enlarging, where averaging would repeat pixels, is bilinear, and so
+    is shrinking by less than a fifth, which JPEG decoders mostly leave, in a sixth of the time.
     """
     image = decode(
         min(size[0], math.ceil(size[0] * crop[0] / window.height)),
@@ -132,9 +156,9 @@ def resize_window(decode: Decode, size: Size, window: Window, crop: Size) -> Pix
     rows = _scaled_span(window.top, window.height, size[0], image.shape[0])
     columns = _scaled_span(window.left, window.width, size[1], image.shape[1])
     part = image[rows, columns]
-    shrinks = part.shape[0] >= crop[0] and part.shape[1] >= crop[1]
+    shrinks = part.shape[0] >= 1.2 * crop[0] and part.shape[1] >= 1.2 * crop[1]
     method = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
-    return cv2.resize(part, (crop[1], crop[0]), interpolation=method)
+    return cv2.resize(part, (crop[1], crop[0]), dst=out, interpolation=method)
 
 
 def _scaled_span(start: int, length: int, full: int, decoded: int) -> slice:
@@ -166,31 +190,55 @@ def _source_positions(side: int, scaled: int, start: int, length: int) -> NDArra
     return positions * (side - 1) / max(1, scaled - 1)
 
 
-def _nearest(positions: NDArray[np.float64]) -> NDArray[np.int64]:
-    return np.floor(positions + 0.5).astype(np.int64)  # halves go up, as in the reference
+def _copy(
+    image: Pixels, rows: NDArray[np.float64], columns: NDArray[np.float64], out: Pixels
+) -> None:
+    """Write the RGB image at whole positions, one pixel apart, to `out`."""
+    left, right = sorted((int(columns[0]), int(columns[-1])))
+    window = image[int(rows[0]) : int(rows[-1]) + 1, left : right + 1]
+    window = cv2.flip(window, 1) if columns[0] > columns[-1] else window
+    if image.shape[2] == 3:
+        out[:] = window
+    else:
+        cv2.cvtColor(window, cv2.COLOR_RGBA2RGB, dst=out)
 
 
 def _sample_bilinear(
-    image: Pixels, rows: NDArray[np.float64], columns: NDArray[np.float64]
-) -> Pixels:
-    """The image at the evenly spaced positions `rows` x `columns`."""
+    image: Pixels, rows: NDArray[np.float64], columns: NDArray[np.float64], out: Pixels
+) -> None:
+    """Write the RGB image at the evenly spaced positions `rows` x `columns` to `out`."""
+    if image.shape[2] == 3:
+        image = cv2.cvtColor(image, cv2.COLOR_RGB2RGBA)
     matrix = np.zeros((2, 3))
     for axis, positions in enumerate((columns, rows)):
         matrix[axis, axis] = positions[1] - positions[0] if len(positions) > 1 else 1.0
         matrix[axis, 2] = positions[0]
-    return cv2.warpAffine(
+    window = cv2.warpAffine(
         image,
         matrix,
         (len(columns), len(rows)),
         flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
         borderMode=cv2.BORDER_REPLICATE,  # rounding may step over the last pixel by a hair
     )
+    cv2.cvtColor(window, cv2.COLOR_RGBA2RGB, dst=out)
 
 
-def _pad(array: Pixels, crop: Size, value: tuple[float, ...]) -> Pixels:
-    """`array` in the upper left corner of `crop`, the rest filled with `value`."""
-    bottom, right = crop[0] - array.shape[0], crop[1] - array.shape[1]
-    if bottom == right == 0:
-        return array
-    fill = [round(channel) for channel in value]
-    return cv2.copyMakeBorder(array, 0, bottom, 0, right, cv2.BORDER_CONSTANT, value=fill)
+def _sample_nearest(
+    mask: Pixels, rows: NDArray[np.float64], columns: NDArray[np.float64], out: Pixels
+) -> None:
+    """Write the mask at the positions `rows` x `columns` to `out`."""
+    row, column = (np.floor(positions + 0.5).astype(np.int64) for positions in (rows, columns))
+    # Halves go up, as in the reference. Whole rows are copied a fifth as long as single pixels, so
+    # the columns are taken as rows of the transpose; "clip" spares a check, nothing is outside.
+    strip = cv2.transpose(mask[row[0] : row[-1] + 1]).take(column, axis=0, mode="clip")
+    out[:] = cv2.transpose(strip).take(row - row[0], axis=0, mode="clip")
+
+
+def _fill_around(array: Pixels, part: tuple[slice, slice], value: tuple[float, ...]) -> None:
+    """Fill what is below and beside `part`, which reaches to the upper edge."""
+    line = np.empty(array.shape[1:], np.uint8)
+    line[:] = [round(channel) for channel in value] if array.ndim == 3 else round(value[0])
+    rows, columns = part
+    array[rows.stop :] = line
+    array[rows, : columns.start] = line[: columns.start]
+    array[rows, columns.stop :] = line[columns.stop :]

@@ -17,6 +17,7 @@ from data_pipeline.decode import (
     MAX_PIXELS,
     decode_class,
     decode_image,
+    decode_image_rgbx,
     decode_image_scaled,
     decode_labels,
     decode_mask,
@@ -165,6 +166,76 @@ def test_masks_of_another_kind_are_refused() -> None:
         decode_mask(encode(Image.fromarray(NOISE), "PNG"), "k")
     with pytest.raises(DataError, match="not a PNG"):
         decode_mask(encode(Image.fromarray(IDS), "JPEG"), "k")
+
+
+@pytest.mark.parametrize("kind", ["RGB", "L", "CMYK", "PNG", "WEBP"])
+def test_four_channels_begin_with_the_three(kind: str) -> None:
+    image = Image.fromarray(SMOOTH)
+    if kind in ("RGB", "L", "CMYK"):
+        data = encode(image.convert(kind), "JPEG", quality=95)
+    else:
+        data = encode(image, kind)
+    decoded = decode_image_rgbx(data, "k")
+    assert decoded.shape == (120, 160, 4)
+    assert np.array_equal(decoded[..., :3], decode_image(data, "k"))
+    with pytest.raises(DataError, match="bird17: cannot decode the image"):
+        decode_image_rgbx(data[: len(data) // 2], "bird17")
+
+
+def chunk(name: bytes, data: bytes) -> bytes:
+    checksum = struct.pack(">I", zlib.crc32(name + data))
+    return struct.pack(">I", len(data)) + name + data + checksum
+
+
+def unfiltered_png(ids: np.ndarray, parts: int = 1, first: int = 0) -> bytes:
+    """A grey PNG without filters, its pixels in some chunks; `first`: of the first row's filter."""
+    rows = np.pad(ids, ((0, 0), (1, 0)))
+    rows[0, 0] = first
+    packed = zlib.compress(rows.tobytes())
+    size = len(packed) // parts + 1
+    chunks = [chunk(b"IDAT", packed[i : i + size]) for i in range(0, len(packed), size)]
+    text = chunk(b"tEXt", b"Comment\0none")
+    return png_header(*ids.shape) + text + b"".join(chunks) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("parts", [1, 5])
+def test_masks_without_filters_are_read(parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = unfiltered_png(IDS, parts)
+    assert np.array_equal(cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED), IDS)
+    monkeypatch.setattr(cv2, "imdecode", None)  # libpng is not asked
+    decoded = decode_mask(data, "k")
+    assert np.array_equal(decoded, IDS)
+    assert decoded.flags.c_contiguous
+    assert decoded.flags.writeable
+
+
+@pytest.mark.parametrize("name", ["NONE", "SUB", "UP", "AVG", "PAETH"])
+def test_masks_are_read_whatever_their_filter(name: str) -> None:
+    how = [cv2.IMWRITE_PNG_FILTER, getattr(cv2, f"IMWRITE_PNG_FILTER_{name}")]
+    assert np.array_equal(decode_mask(cv2.imencode(".png", IDS, how)[1].tobytes(), "k"), IDS)
+
+
+def test_a_single_filtered_row_is_seen() -> None:
+    undone = IDS.copy()
+    undone[0] = np.cumsum(IDS[0], dtype=np.uint8)  # filter 1: each is a difference to its left
+    assert np.array_equal(decode_mask(unfiltered_png(IDS, first=1), "k"), undone)
+
+
+def test_flipped_bits_of_a_mask_without_filters_are_refused() -> None:
+    data = bytearray(unfiltered_png(IDS))
+    for position in (20, 60, len(data) // 2, len(data) - 20):
+        data[position] ^= 4
+        with pytest.raises(DataError, match="bird17: cannot decode the mask"):
+            decode_mask(bytes(data), "bird17")
+        data[position] ^= 4
+
+
+def test_pixels_beyond_the_size_are_not_unpacked() -> None:
+    """A bomb: a small header over a stream of a gigabyte, of which libpng takes what it needs."""
+    packed = zlib.compressobj(9)
+    zeros = b"".join(packed.compress(bytes(1 << 20)) for _ in range(64)) + packed.flush()
+    data = png_header(4, 4) + chunk(b"IDAT", zeros) + chunk(b"IEND", b"")
+    assert decode_mask(data, "k").shape == (4, 4)
 
 
 def test_classes_and_labels() -> None:

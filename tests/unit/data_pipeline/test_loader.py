@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from data_pipeline import loader as loader_module
+from data_pipeline import samples as samples_module
 from data_pipeline.config import EvalData, TrainData
 from data_pipeline.dataset import Dataset
 from data_pipeline.decode import decode_image, decode_mask
@@ -207,7 +207,7 @@ def test_an_unforeseen_error_names_the_sample(
     def fail(*_: Any) -> None:
         raise RuntimeError("out of luck")
 
-    monkeypatch.setattr(loader_module, "augment_classification", fail)
+    monkeypatch.setattr(samples_module, "augment_classification", fail)
     with train_loader(pictures) as loader, pytest.raises(RuntimeError, match="luck") as caught:
         next(loader)
     assert re.match(
@@ -222,7 +222,7 @@ def test_a_class_out_of_range_is_named(pictures: Dataset) -> None:
 
 def test_sizes_that_differ_are_named(make_dataset: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = make_dataset("segmentation", SHARDS)
-    monkeypatch.setattr(loader_module, "decode_mask", lambda *_: np.zeros((3, 3), np.uint8))
+    monkeypatch.setattr(samples_module, "decode_mask", lambda *_: np.zeros((3, 3), np.uint8))
     with pytest.raises(DataError, match=r"picture\d+: the image has .* its mask \(3, 3\)"):
         batches(dataset)
 
@@ -267,13 +267,13 @@ def test_no_more_than_prefetch_batches_are_begun(
     pictures: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun = []
-    new = loader_module._Buffers.new.__func__  # type: ignore[attr-defined]
+    new = samples_module.Buffers.new.__func__  # type: ignore[attr-defined]
 
     def counted(cls: type, *arguments: Any) -> Any:
         begun.append(arguments)
         return new(cls, *arguments)
 
-    monkeypatch.setattr(loader_module._Buffers, "new", classmethod(counted))
+    monkeypatch.setattr(samples_module.Buffers, "new", classmethod(counted))
     with train_loader(pictures, prefetch=3) as loader:
         for taken in range(1, 6):
             next(loader)

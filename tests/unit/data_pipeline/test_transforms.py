@@ -81,6 +81,28 @@ def test_the_window_equals_the_long_way(scale: float, crop: tuple[int, int], fli
     assert rng.values == []
 
 
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("crop", [(65, 97), (129, 150)])
+def test_given_memory_and_a_fourth_channel_change_nothing(seed: int, crop: tuple[int, int]) -> None:
+    how = SegmentationAugmentation(crop=crop, mean_pixel=(1, 2, 3), ignore_label=9)
+    expected = augment_segmentation(NOISE, IDS, Random(seed), how)
+    images, masks = np.empty((2, *crop, 3), np.uint8), np.empty((2, *crop), np.uint8)
+    padded = np.concatenate([NOISE, NOISE[..., :1]], axis=2)
+    augment_segmentation(padded, IDS, Random(seed), how, (images[1], masks[1]))
+    assert np.array_equal(images[1], expected[0])
+    assert np.array_equal(masks[1], expected[1])
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_a_crop_of_one_pixel_lies_between_pixels(flip: bool) -> None:
+    image = np.zeros((3, 3, 3), np.uint8)
+    image[:, 1] = 100
+    how = SegmentationAugmentation(crop=(1, 1), scale=(5 / 3, 5 / 3))
+    rng = Script(0.0, 0.5, 0.3, 0.4 if flip else 0.6)  # 5 pixels, the second of them
+    window, _ = augment_segmentation(image, np.zeros((3, 3), np.uint8), rng, how)
+    assert abs(int(window[0, 0, 0]) - 50) <= 4
+
+
 def test_scale_one_without_crop_or_flip_changes_nothing() -> None:
     how = SegmentationAugmentation(crop=(75, 101), scale=(1, 1), flip=False)
     image, mask = augment_segmentation(NOISE, IDS, Random(0), how)
