@@ -321,7 +321,8 @@ def finding_lines(findings: Iterable[Finding]) -> Iterator[tuple[str, str]]:
 
 def basis_lines(report: Report) -> list[str]:
     """Where the hours come from."""
-    bases = dict.fromkeys(one.device.basis for one in report.forecasts)
+    left = [one for one in report.forecasts if one.stage not in report.done]
+    bases = dict.fromkeys(one.device.basis for one in left)
     return [f"Hours on the least workers, reckoned from {basis}." for basis in bases]
 
 
