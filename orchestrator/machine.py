@@ -4,7 +4,7 @@ import fcntl
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -12,12 +12,13 @@ from typing import Literal
 from data_pipeline.config import as_size
 from orchestrator.cluster import Resources, connect
 from orchestrator.config import StageSettings
-from orchestrator.errors import AtrousError
+from orchestrator.errors import RunError
 from orchestrator.sections import Cluster
 from orchestrator.tracking import tracking_uri
 
 _LITTLE_SHM = 2**30  # bytes
 _PROBE_SECONDS = 3.0
+_NODE_GROUP = "ray.io/node-group"
 
 
 @dataclass(frozen=True)
@@ -29,50 +30,54 @@ class Finding:
     text: str
 
 
-def check_cluster(stages: Sequence[StageSettings]) -> tuple[list[Finding], list[str]]:
-    """Whether every stage's least workers fit; and the kinds of GPU that there are.
+@dataclass(frozen=True, kw_only=True)
+class Room:
+    """What stages may run on; `grows`: an autoscaler adds nodes where it is too little."""
 
-    Looks at the cluster in RAY_ADDRESS, else at this machine, where no Ray is started for it.
+    where: str
+    nodes: tuple[Resources, ...]
+    accelerators: tuple[str, ...] = ()
+    grows: bool = False
+
+
+def find_room() -> Room:
+    """The cluster in RAY_ADDRESS, else this machine, where no Ray is started for it.
+
+    Raises:
+        RunError: no cluster answers at the address.
     """
     if not os.environ.get("RAY_ADDRESS"):
-        nodes, accelerators, grows = [_this_machine()], list[str](), False
-        where = "this machine"
-    else:
-        try:
-            nodes, accelerators, grows = _cluster()
-        except (AtrousError, ConnectionError, RuntimeError) as error:
-            address = os.environ["RAY_ADDRESS"]
-            text = f"no Ray cluster at {address} ({error}); correct RAY_ADDRESS or --address"
-            return [Finding("error", "cluster", text)], []
-        where = "the cluster"
-    return list(_fit(stages, nodes, where, grows=grows)), accelerators
+        return Room(where="this machine", nodes=(_this_machine(),))
+    try:
+        return _cluster()
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        address = os.environ["RAY_ADDRESS"]
+        raise RunError(
+            f"no Ray cluster at {address} ({error}); correct RAY_ADDRESS or --address"
+        ) from None
 
 
-def _fit(
-    stages: Sequence[StageSettings], nodes: Sequence[Resources], where: str, *, grows: bool
-) -> Iterator[Finding]:
-    """One finding for all stages that do not fit."""
+def check_room(stages: Sequence[StageSettings], room: Room) -> list[Finding]:
+    """Whether every stage's least workers fit; one finding for all that do not."""
     lacking = {
         stage.name: (stage.cluster.min_workers, worker_needs(stage.cluster), places)
         for stage in stages
-        if (places := sum(_places(node, worker_needs(stage.cluster)) for node in nodes))
+        if (places := sum(_places(node, worker_needs(stage.cluster)) for node in room.nodes))
         < stage.cluster.min_workers
     }
     if not lacking:
-        return
-    total = Resources(cpus=sum(n.cpus for n in nodes), gpus=sum(n.gpus for n in nodes))
+        return []
+    total = Resources(cpus=sum(n.cpus for n in room.nodes), gpus=sum(n.gpus for n in room.nodes))
     wanted = ", ".join(
         f"{name} ({workers} workers of {worker}: room for {places})"
         for name, (workers, worker, places) in lacking.items()
     )
-    text = (
-        f"{where} has {total} on {len(nodes)} node{'s' * (len(nodes) > 1)}, too little for {wanted}"
-    )
-    if grows:
-        yield Finding("warning", "cluster", f"{text}; it must grow first, which is waited for")
-    else:
-        cure = "lower cluster.workers, cpus_per_worker or gpus_per_worker, or take a larger cluster"
-        yield Finding("error", "cluster", f"{text}; {cure}")
+    nodes = f"{len(room.nodes)} node{'s' * (len(room.nodes) != 1)}"
+    text = f"{room.where} has {total} on {nodes}, too little for {wanted}"
+    if room.grows:
+        return [Finding("warning", "cluster", f"{text}; it must grow first, which is waited for")]
+    cure = "lower cluster.workers, cpus_per_worker or gpus_per_worker, or take a larger cluster"
+    return [Finding("error", "cluster", f"{text}; {cure}")]
 
 
 def worker_needs(cluster: Cluster) -> Resources:
@@ -92,16 +97,20 @@ def _this_machine() -> Resources:
     return Resources(cpus=float(os.cpu_count() or 1), gpus=float(torch.cuda.device_count()))
 
 
-def _cluster() -> tuple[list[Resources], list[str], bool]:
-    """Nodes, kinds of GPU, and whether an autoscaler is at work."""
+def _cluster() -> Room:
     import ray
-    from ray.experimental.internal_kv import _internal_kv_get
 
     connect()
-    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    nodes = [Resources(cpus=node.get("CPU", 0), gpus=node.get("GPU", 0)) for node in alive]
-    marks = {key.split(":", 1)[1] for node in alive for key in node if "accelerator_type:" in key}
-    return nodes, sorted(marks), _internal_kv_get("__autoscaling_status") is not None
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    resources = [node["Resources"] for node in alive]
+    kinds = {key.partition(":")[2] for one in resources for key in one if "accelerator_type" in key}
+    return Room(
+        where="the cluster",
+        nodes=tuple(Resources(cpus=r.get("CPU", 0), gpus=r.get("GPU", 0)) for r in resources),
+        accelerators=tuple(sorted(kinds)),
+        # Nodes that an autoscaler or KubeRay started belong to a group.
+        grows=any(_NODE_GROUP in node.get("Labels", {}) for node in alive),
+    )
 
 
 def check_storage(storage: Path, room: int) -> list[Finding]:

@@ -22,10 +22,11 @@ from orchestrator.errors import AtrousError
 from orchestrator.forecast import Device, Forecast, find_device, forecast, published_size
 from orchestrator.machine import (
     Finding,
-    check_cluster,
     check_machine,
+    check_room,
     check_storage,
     check_tracking,
+    find_room,
 )
 from orchestrator.runs import Run, all_runs
 from orchestrator.sections import Steps
@@ -79,9 +80,9 @@ class _Foreseen:
     class_names: tuple[str, ...]
 
 
-def preflight(job: Job, *, look_at_cluster: bool = True) -> Report:
+def preflight(job: Job) -> Report:
     """Check everything that can be known without training, in seconds and without a GPU."""
-    return _Preflight(job).run(look_at_cluster)
+    return _Preflight(job).run()
 
 
 class _Data(NamedTuple):
@@ -102,26 +103,29 @@ class _Preflight:
         self._looked_at: set[str] = set()
         self._results: dict[str, Checkpoint] = {}
 
-    def run(self, look_at_cluster: bool) -> Report:
+    def run(self) -> Report:
         report = self._report
         if isinstance(self._job, PipelineJob):
             self._check_sources(self._job)
-        gpus: Sequence[str] = ()
-        if look_at_cluster:
-            found, gpus = check_cluster(self._stages)
-            report.findings += found
+        room = None
+        with report.noting("cluster"):
+            room = find_room()
+        gpus = room.accelerators if room else ()
         for stage in in_order(self._stages):
             with report.noting(stage.name):
                 self._check_stage(stage, find_device(stage.cluster.gpus_per_worker, gpus))
-        room = sum(
+        to_run = [stage for stage in self._stages if stage.name not in report.done]
+        if room:
+            report.findings += check_room(to_run, room)
+        needed = sum(
             one.checkpoint * (stage.checkpoint.keep + stage.checkpoint.keep_best + 1)
             for one in report.forecasts
-            for stage in self._stages
-            if stage.name == one.stage and one.stage not in report.done
+            for stage in to_run
+            if stage.name == one.stage
         )
-        report.findings += check_storage(self._storage, room)
+        report.findings += check_storage(self._storage, needed)
         report.findings += check_tracking(self._storage)
-        report.findings += check_machine(self._stages)
+        report.findings += check_machine(to_run)
         return report
 
     def _check_sources(self, job: PipelineJob) -> None:

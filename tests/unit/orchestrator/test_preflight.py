@@ -232,3 +232,17 @@ def test_gpus_are_recognised(name: str) -> None:
 
 def test_an_unknown_gpu_is_a_guess_that_says_so() -> None:
     assert find_device(1, ("TPU",)).basis.startswith("no GPU is known here")
+
+
+def test_what_was_done_needs_no_cluster(
+    tiny_data: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A finished job is found on a machine that could not run it."""
+    from orchestrator.stage import open_run, plan_stage, train_stage
+
+    job = segmentation(tiny_data)
+    planned = plan_stage(job.settings, Path(job.storage), job.data_directory)
+    open_run(planned)
+    train_stage(planned)
+    large = segmentation(tiny_data, cluster={"workers": 1, "cpus_per_worker": 1000})
+    assert check(large).errors == []
