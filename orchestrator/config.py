@@ -240,13 +240,25 @@ class PipelineJob(_Places):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"stages: the name {twice[0]!r} is used twice")
-        waiting = {stage.name: stage.start_from for stage in self.stages}
-        while ready := [n for n, s in waiting.items() if s is None or s.checkpoint not in waiting]:
-            for name in ready:
-                del waiting[name]
-        if waiting:
-            raise ValueError(f"stages: {', '.join(waiting)} start from each other, in a circle")
+        circle = [name for name in names if name not in {stage.name for stage in self.in_order}]
+        if circle:
+            raise ValueError(f"stages: {', '.join(circle)} start from each other, in a circle")
         return self
+
+    @property
+    def in_order(self) -> list[StageSettings]:
+        """The stages, each after the one it starts from."""
+        waiting = {stage.name: stage for stage in self.stages}
+        ordered: list[StageSettings] = []
+        while ready := [
+            stage
+            for stage in waiting.values()
+            if stage.start_from is None or stage.start_from.checkpoint not in waiting
+        ]:
+            ordered += ready
+            for stage in ready:
+                del waiting[stage.name]
+        return ordered
 
     @model_validator(mode="after")
     def _best_is_kept(self) -> "PipelineJob":

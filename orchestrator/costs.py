@@ -6,18 +6,11 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from orchestrator.bill import Account, Bill, add_bills, read_bill
+from orchestrator.duration import as_time
 from orchestrator.stage import StageResult
 
 _NAMED = 3  # causes of lost time in a table's row
 _LITTLE = 0.005  # share of the time below which a cause is not named
-
-
-def as_time(seconds: float) -> str:
-    """Such as 42 s, 3.5 min, 7.1 h, 2.0 d."""
-    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.0f} s"
 
 
 def as_cost(bill: Bill) -> str:

@@ -1,4 +1,4 @@
-"""Durations of a job file (steps, or epochs) and their conversion to steps: once, at the border."""
+"""Durations of a job file (steps, or epochs), their conversion to steps, and seconds in words."""
 
 import re
 from typing import Annotated
@@ -30,3 +30,11 @@ def to_steps(duration: int | str, steps_per_epoch: int) -> int:
 def is_time(step: int, every: int, last: int) -> bool:
     """Whether `step` (counted from 1) ends a period of `every` steps; the last step always does."""
     return step % every == 0 or step == last
+
+
+def as_time(seconds: float) -> str:
+    """Such as 42 s, 3.5 min, 7.1 h, 2.0 d."""
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s"

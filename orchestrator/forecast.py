@@ -1,7 +1,6 @@
 """What a stage will take: memory of a worker, hours and money, reckoned before it runs."""
 
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -9,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from data_pipeline.config import as_size
 from orchestrator.config import StageSettings
 from orchestrator.duration import to_steps
+from orchestrator.optimizer import moments
 from orchestrator.runs import Run, read_journal
 
 if TYPE_CHECKING:
@@ -69,6 +69,14 @@ class Forecast:
     checkpoint: int  # bytes
 
 
+class Data(NamedTuple):
+    """Samples and class names of a stage's data."""
+
+    train: int
+    val: int
+    class_names: tuple[str, ...]
+
+
 class Size(NamedTuple):
     """Of a published split."""
 
@@ -126,36 +134,37 @@ def find_device(gpus_per_worker: float, gpu_names: Sequence[str] = ()) -> Device
 
 
 def _cpu_peak() -> float:
-    """Multiply-Adds per second of a matrix product like the network's, on this machine's CPUs."""
+    """Multiply-Adds per second of a product like the network's, on this machine's CPUs."""
     import torch
 
-    left, right = torch.rand(1024, 728), torch.rand(728, 728)
-    best = math.inf
-    for _ in range(5):
-        began = time.perf_counter()
-        left @ right
-        best = min(best, time.perf_counter() - began)
-    return 1024 * 728 * 728 / best
+    from orchestrator.ledger import product_speed
+
+    return product_speed(1024, (728, 728), torch.device("cpu"), torch.float32)
 
 
 def forecast(
     stage: StageSettings,
     network: "Network",
-    num_samples: tuple[int, int],
+    data: Data,
     steps: int,
     device: Device,
     runs: Sequence[Run] = (),
 ) -> Forecast:
-    """Reckon a stage on `network` (on the meta device) with (train, val) samples.
+    """Reckon a stage on `network`, which is on the meta device.
 
     An earlier run of its kind among `runs`, newest first, tells the speed better than the device.
     """
+    from model.complexity import complexity
+    from orchestrator.ledger import PASSES
+
     workers = max(1, stage.cluster.min_workers)
-    crop_macs = _macs(stage, network)
+    size = as_size(stage.data.train.crop)
+    counted = complexity(stage.model, stage.task, len(data.class_names), size)
+    crop_macs = counted.multiply_adds
     device = _from_earlier(stage, crop_macs, device, runs)
-    evaluations = math.ceil(steps / _every(stage, num_samples[0]))
+    every = to_steps(stage.evaluate.every, data.train // stage.global_batch)
     views = sum(scale**2 for scale in stage.evaluate.scales) * (1 + stage.evaluate.flip)
-    images = 3 * steps * stage.global_batch + evaluations * num_samples[1] * views
+    images = PASSES * steps * stage.global_batch + math.ceil(steps / every) * data.val * views
     # Two processes on one machine's CPUs share its speed.
     together = workers if stage.cluster.gpus_per_worker else 1
     hours = images * crop_macs / (device.macs_per_second * together) / 3600
@@ -165,7 +174,7 @@ def forecast(
     return Forecast(
         stage=stage.name,
         steps=steps,
-        epochs=steps * stage.global_batch / num_samples[0],
+        epochs=steps * stage.global_batch / data.train,
         workers=workers,
         device=device,
         hours=hours,
@@ -180,6 +189,8 @@ def _from_earlier(
     stage: StageSettings, crop_macs: float, device: Device, runs: Sequence[Run]
 ) -> Device:
     """The device at the speed that the newest run of this task and backbone was logged with."""
+    from orchestrator.ledger import PASSES
+
     area = math.prod(as_size(stage.data.train.crop))
     for run in runs:
         job = run.read().get("job", {})
@@ -192,7 +203,7 @@ def _from_earlier(
             earlier = StageSettings.model_validate(job)
             workers = max(1, earlier.cluster.min_workers if earlier.cluster.gpus_per_worker else 1)
             larger = math.prod(as_size(earlier.data.train.crop)) / area
-            speed = 3 * crop_macs * larger * known[len(known) // 2] / workers
+            speed = PASSES * crop_macs * larger * known[len(known) // 2] / workers
             return replace(device, macs_per_second=speed, basis=f"the speed of {run.path.name}")
     return device
 
@@ -205,25 +216,10 @@ def _is_alike(job: dict[str, Any], stage: StageSettings) -> bool:
     )
 
 
-def _every(stage: StageSettings, num_samples: int) -> int:
-    return to_steps(stage.evaluate.every, num_samples // stage.global_batch)
-
-
-def _macs(stage: StageSettings, network: "Network") -> float:
-    """Multiply-Adds of one training crop, forward."""
-    import torch
-    from torch.utils.flop_counter import FlopCounterMode
-
-    height, width = as_size(stage.data.train.crop)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        network.eval()(torch.empty(1, 3, height, width, dtype=torch.uint8, device="meta"))
-    return counter.get_total_flops() / 2
-
-
 def _bytes(stage: StageSettings, network: "Network") -> tuple[int, int]:
     """(what a worker's device holds in a training step, what a checkpoint takes on disk)."""
     weights = sum(tensor.nbytes for tensor in network.state_dict().values())
-    slots = 2 if stage.optimizer.name == "adamw" else 1
+    slots = moments(stage.optimizer)
     averaged = weights if stage.ema else 0
     part = math.ceil(stage.global_batch / max(1, stage.cluster.min_workers))
     images = min(part, stage.micro_batch) if isinstance(stage.micro_batch, int) else part
@@ -237,17 +233,9 @@ def _activations(network: "Network", images: int, size: tuple[int, int]) -> int:
     """Bytes that the backward pass keeps of `images` crops, in float32; nothing is computed."""
     import torch
 
-    own = {tensor.untyped_storage()._cdata for tensor in network.parameters()}
-    kept: dict[int, torch.UntypedStorage] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            kept[storage._cdata] = storage
-        return tensor
+    from orchestrator.memory import kept_for_backward
 
     pair = torch.empty(2, 3, *size, dtype=torch.uint8, device="meta")
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        outputs = network.train()(pair)
-        outputs.float().log_softmax(1).sum()
-    return images * sum(storage.nbytes() for storage in kept.values()) // len(pair)
+    with kept_for_backward(network) as kept:
+        network.train()(pair).float().log_softmax(1)
+        return images * kept() // len(pair)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.checkpoint import MANIFEST
+from orchestrator.duration import as_time
 from orchestrator.overview import Overview, overviews
 
 _DAY = 86400.0
@@ -49,7 +50,8 @@ def _of_run(one: Overview, used: set[tuple[Any, ...]], before: float) -> Iterato
     needed = {path for path in names if (fingerprint, int(path.name[5:])) in used}
     finished = one.state == "finished"
     if not finished and not needed and record.get("updated", 0) < before:
-        yield _garbage(one.run.path, f"{one.state} since {_days(record.get('updated', 0))}")
+        age = as_time(time.time() - record.get("updated", 0))
+        yield _garbage(one.run.path, f"{one.state}, not touched for {age}")
         return
     for path in directory.glob(".step-*.tmp"):
         yield _garbage(path, "left by a killed writer")
@@ -57,10 +59,6 @@ def _of_run(one: Overview, used: set[tuple[Any, ...]], before: float) -> Iterato
         for path in names:
             if path not in needed and path != one.run.path / record["checkpoint"]:
                 yield _garbage(path, "before the last checkpoint of a finished run")
-
-
-def _days(when: float) -> str:
-    return f"{(time.time() - when) / _DAY:.0f} days"
 
 
 def _garbage(path: Path, why: str) -> Garbage:

@@ -20,7 +20,7 @@ from orchestrator.runs import Run
 log = logging.getLogger(__name__)
 
 EVERY = 30.0  # seconds between two entries
-_PASSES = 3  # Multiply-Adds of a training step, in forward passes: backward takes two
+PASSES = 3  # Multiply-Adds of a training step, in forward passes: backward takes two
 _ROWS = {"cpu": 512, "cuda": 16384}  # of the product that is timed: enough for the device's speed
 
 
@@ -67,7 +67,7 @@ def note_device(
     device = measure_peak(network, place)
     size = as_size(stage.data.train.crop)
     found = complexity(stage.model, stage.task, num_classes, size)
-    multiply_adds = _PASSES * found.multiply_adds * stage.global_batch
+    multiply_adds = PASSES * found.multiply_adds * stage.global_batch
     seconds = multiply_adds / (device["multiply_adds_per_second"] * place.world)
     writer.note("device", ideal_step=seconds, multiply_adds_of_step=multiply_adds, **device)
     return seconds
@@ -76,26 +76,33 @@ def note_device(
 def measure_peak(network: nn.Module, place: Place) -> dict[str, Any]:
     """Multiply-Adds per second of a product like the largest pointwise convolution, in training's
     precision, with this worker's threads; takes a fraction of a second."""
-    on_gpu = place.device.type == "cuda"
-    rows, (outputs, inputs) = _ROWS[place.device.type], _largest_pointwise(network)
-    dtype = place.autocast_dtype or torch.float32
-    left = torch.rand(rows, inputs, device=place.device, dtype=dtype)
-    right = torch.rand(inputs, outputs, device=place.device, dtype=dtype)
-    products = 20 if on_gpu else 1
+    device, dtype = place.device, place.autocast_dtype or torch.float32
+    rows, shape = _ROWS[device.type], _largest_pointwise(network)
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        "dtype": str(dtype).removeprefix("torch."),
+        "product": [rows, *reversed(shape)],
+        "multiply_adds_per_second": product_speed(rows, shape, device, dtype),
+    }
+
+
+def product_speed(
+    rows: int, shape: tuple[int, int], device: torch.device, dtype: torch.dtype
+) -> float:
+    """Multiply-Adds per second of a matrix product; `shape`: output and input channels."""
+    outputs, inputs = shape
+    left = torch.rand(rows, inputs, device=device, dtype=dtype)
+    right = torch.rand(inputs, outputs, device=device, dtype=dtype)
+    products = 20 if device.type == "cuda" else 1
     seconds = []
     for _ in range(6):  # the first one warms up
-        _wait(place.device)
+        _wait(device)
         began = time.perf_counter()
         for _ in range(products):
             left @ right
-        _wait(place.device)
+        _wait(device)
         seconds.append((time.perf_counter() - began) / products)
-    return {
-        "device": torch.cuda.get_device_name(place.device) if on_gpu else "CPU",
-        "dtype": str(dtype).removeprefix("torch."),
-        "product": [rows, inputs, outputs],
-        "multiply_adds_per_second": rows * inputs * outputs / min(seconds),
-    }
+    return rows * inputs * outputs / min(seconds)
 
 
 def _largest_pointwise(network: nn.Module) -> tuple[int, int]:

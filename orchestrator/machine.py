@@ -163,7 +163,7 @@ def check_tracking(storage: Path) -> list[Finding]:
 
 
 def check_machine(stages: Sequence[StageSettings]) -> list[Finding]:
-    """Memory for batches, shared memory for Ray, disk for the cache: of this machine.
+    """Memory for batches and shared memory for Ray, of this machine.
 
     A cluster's nodes are not looked at.
     """

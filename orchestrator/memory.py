@@ -1,5 +1,7 @@
 """What memory there is, and what an error that it is used up looks like."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -56,3 +58,23 @@ def _left(group: Path, limit: str, usage: str) -> list[int]:
         return []
     files = [int(line.split()[1]) for line in lines if line.startswith("inactive_file ")]
     return [] if most == "max" else [int(most) - used + sum(files)]
+
+
+@contextmanager
+def kept_for_backward(network: torch.nn.Module) -> Iterator[Callable[[], int]]:
+    """Watch the forward passes within; the callable: bytes that they keep, the state apart.
+
+    On the meta device too, where nothing is computed.
+    """
+    state = [*network.parameters(), *network.buffers()]
+    known = {tensor.untyped_storage()._cdata for tensor in state}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in known:
+            kept[storage._cdata] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield lambda: sum(storage.nbytes() for storage in kept.values())

@@ -61,3 +61,8 @@ def make_optimizer(
         return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=eps, fused=fused)
     momentum, nesterov = config.momentum, config.nesterov
     return torch.optim.SGD(groups, lr=config.lr, momentum=momentum, nesterov=nesterov, fused=fused)
+
+
+def moments(config: Sgd | AdamW) -> int:
+    """Tensors that the optimizer keeps for each parameter."""
+    return 2 if isinstance(config, AdamW) else int(config.momentum > 0)

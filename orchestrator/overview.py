@@ -2,7 +2,7 @@
 
 import difflib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,9 +11,10 @@ from typing import Any
 from rich.box import SIMPLE
 from rich.table import Table
 
+from orchestrator.duration import as_time
 from orchestrator.errors import RunError
 from orchestrator.files import read_json
-from orchestrator.record import HEADLINE
+from orchestrator.record import HEADLINE, flatten
 from orchestrator.runs import Run, all_runs, read_journal
 
 ENDED = ("finished", "failed", "stopped", "interrupted")
@@ -130,7 +131,7 @@ def runs_table(found: Sequence[Overview], metric: str | None = None) -> Table:
             one.score if metric is None else f"{metric} {one.last[metric]:.4f}",
             origin,
             str(record.get("attempts", 0)),
-            _ago(record.get("updated", 0)),
+            f"{as_time(time.time() - record.get('updated', 0))} ago",
         )
     return table
 
@@ -151,14 +152,6 @@ def as_json(one: Overview) -> dict[str, Any]:
         "digest": record.get("digest"),
         "updated": record.get("updated"),
     }
-
-
-def _ago(when: float) -> str:
-    seconds = max(0.0, time.time() - when)
-    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
-        if seconds >= size:
-            return f"{seconds / size:.0f} {unit} ago"
-    return f"{seconds:.0f} s ago"
 
 
 def wait(
@@ -184,7 +177,7 @@ def wait(
 
 def compare(found: Sequence[Overview]) -> Table:
     """The parameters that differ between runs, then their last metrics."""
-    flat = [dict(_flatten(_identity(one.record))) for one in found]
+    flat = [dict(flatten(_identity(one.record))) for one in found]
     names = dict.fromkeys(name for one in flat for name in one)
     table = Table(box=SIMPLE)
     table.add_column("")
@@ -212,14 +205,6 @@ def _identity(record: dict[str, Any]) -> dict[str, Any]:
         "state": record.get("status"),
         "digest": (record.get("digest") or "")[:12],
     }
-
-
-def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict):
-        for name, inner in value.items():
-            yield from _flatten(inner, f"{prefix}.{name}" if prefix else str(name))
-    else:
-        yield prefix, value
 
 
 def _text(value: Any) -> str:

@@ -1,25 +1,32 @@
 """What is wrong with a job, and what it will take, before anything of it runs."""
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE
 from rich.table import Table
 
 from data_pipeline.dataset import Dataset, open_dataset
 from data_pipeline.errors import DataError
-from data_pipeline.manifest import Manifest
+from data_pipeline.manifest import FILE_NAME, Manifest
 from data_pipeline.storage import is_local, join, open_storage
 from orchestrator.checkpoint import Checkpoint
 from orchestrator.config import Job, PipelineJob, Prepared, StageSettings
 from orchestrator.duration import to_steps
 from orchestrator.errors import AtrousError
-from orchestrator.forecast import Device, Forecast, find_device, forecast, published_size
+from orchestrator.forecast import (
+    Data,
+    Device,
+    Forecast,
+    find_device,
+    forecast,
+    published_size,
+)
 from orchestrator.machine import (
     Finding,
     check_machine,
@@ -85,19 +92,11 @@ def preflight(job: Job) -> Report:
     return _Preflight(job).run()
 
 
-class _Data(NamedTuple):
-    """Samples and class names of a stage's data."""
-
-    train: int
-    val: int
-    class_names: tuple[str, ...]
-
-
 class _Preflight:
     def __init__(self, job: Job) -> None:
         self._job = job
         self._storage = Path(job.storage)
-        self._stages = job.stages if isinstance(job, PipelineJob) else (job.settings,)
+        self._stages = _stages(job)
         self._report = Report()
         self._foreseen: dict[str, _Foreseen] = {}
         self._looked_at: set[str] = set()
@@ -111,7 +110,7 @@ class _Preflight:
         with report.noting("cluster"):
             room = find_room()
         gpus = room.accelerators if room else ()
-        for stage in in_order(self._stages):
+        for stage in self._stages:
             with report.noting(stage.name):
                 self._check_stage(stage, find_device(stage.cluster.gpus_per_worker, gpus))
         to_run = [stage for stage in self._stages if stage.name not in report.done]
@@ -133,7 +132,7 @@ class _Preflight:
         for name, wanted in job.datasets.items():
             if wanted.source is None or not is_local(wanted.source):
                 continue
-            if not self._is_prepared(name) and not Path(wanted.source).exists():
+            if not self._is_prepared(name, wanted) and not Path(wanted.source).exists():
                 self._report.findings.append(
                     Finding(
                         "error",
@@ -143,9 +142,12 @@ class _Preflight:
                     )
                 )
 
-    def _is_prepared(self, name: str) -> bool:
+    def _is_prepared(self, name: str, wanted: Prepared) -> bool:
+        """Whether every split of a data set that a stage uses, or the job asks for, is there."""
+        used = [part for s in self._stages for part in (s.data.train, s.data.val)]
+        splits = {part.split for part in used if part.dataset == name} | set(wanted.splits or ())
         storage = open_storage(join(self._job.data_directory, name))
-        return any(one.endswith("manifest.parquet") for one in storage.names(""))
+        return all(storage.size(f"{split}/{FILE_NAME}") is not None for split in splits)
 
     def _check_stage(self, stage: StageSettings, device: Device) -> None:
         report = self._report
@@ -165,9 +167,10 @@ class _Preflight:
             shapes=shapes, task=stage.task, class_names=data.class_names
         )
         self._reckon(stage, network, data, steps, device)
-        self._look_for_result(stage)
+        if self._to_come(stage) is None:
+            self._look_for_result(stage)
 
-    def _data_of(self, stage: StageSettings) -> _Data | None:
+    def _data_of(self, stage: StageSettings) -> Data | None:
         """What is prepared, else what the job prepares first, by its published size."""
         used = stage.data
         to_come = self._to_come(stage)
@@ -175,16 +178,17 @@ class _Preflight:
             train = open_dataset(self._job.data_directory, used.train.dataset, used.train.split)
             val = open_dataset(self._job.data_directory, used.val.dataset, used.val.split)
             for split in (train, val):
-                self._look_at(split, stage.name)
+                if not self._is_indexed_again(split):
+                    self._look_at(split, stage.name)
             check_data(stage, train, val)
-            return _Data(train.num_samples, val.num_samples, train.manifest.class_names)
+            return Data(train.num_samples, val.num_samples, train.manifest.class_names)
         published = [
             published_size(to_come.format, split) for split in (used.train.split, used.val.split)
         ]
         known = [size for size in published if size is not None]
         if to_come.synthesize is None and len(known) == len(published):
             names = tuple(f"{to_come.format} {number}" for number in range(known[0].classes))
-            return _Data(known[0].samples, known[1].samples, names)
+            return Data(known[0].samples, known[1].samples, names)
         self._report.unknown[stage.name] = f"{used.train.dataset} is prepared first"
         return None
 
@@ -192,8 +196,14 @@ class _Preflight:
         """A data set of the stage that the job itself prepares and has not yet."""
         datasets = self._job.datasets if isinstance(self._job, PipelineJob) else {}
         used = (stage.data.train.dataset, stage.data.val.dataset)
-        names = [name for name in used if name in datasets and not self._is_prepared(name)]
-        return datasets[names[0]] if names else None
+        wanted = [(name, datasets[name]) for name in used if name in datasets]
+        return next((one for name, one in wanted if not self._is_prepared(name, one)), None)
+
+    def _is_indexed_again(self, split: Dataset) -> bool:
+        """Whether the launch looks at its shards anew: those of others, which may change."""
+        datasets = self._job.datasets if isinstance(self._job, PipelineJob) else {}
+        wanted = datasets.get(split.manifest.dataset)
+        return wanted is not None and wanted.format == "shards"
 
     def _look_at(self, split: Dataset, where: str) -> None:
         """Shards are there, of the size in the manifest, and the first sample is readable."""
@@ -225,10 +235,10 @@ class _Preflight:
                 plan_hand_over(shapes, read_shapes(Path(start_now.weights)), start_now, names)
 
     def _reckon(
-        self, stage: StageSettings, network: "Network", data: _Data, steps: int, device: Device
+        self, stage: StageSettings, network: "Network", data: Data, steps: int, device: Device
     ) -> None:
         report = self._report
-        found = forecast(stage, network, (data.train, data.val), steps, device, self._runs)
+        found = forecast(stage, network, data, steps, device, self._runs)
         report.forecasts.append(found)
         room = found.device.bytes
         if room and found.memory > _FULL * room and stage.micro_batch != "auto":
@@ -266,16 +276,19 @@ class _Preflight:
         return all_runs(self._storage)
 
 
+def _stages(job: Job) -> list[StageSettings]:
+    return job.in_order if isinstance(job, PipelineJob) else [job.settings]
+
+
 def plan_table(job: Job, report: Report) -> Table:
     """What would happen, and what it would take, a line for each stage."""
-    stages = in_order(job.stages if isinstance(job, PipelineJob) else (job.settings,))
     of_stage = {one.stage: one for one in report.forecasts}
     table = Table(title=f"{job.kind} {job.name}", title_justify="left", box=SIMPLE)
     for column in ("stage", "data", "starts from", "length", "batch", "workers", "a worker needs"):
         table.add_column(column, overflow="fold")
     for column in ("hours", "GPU-hours", "money"):
         table.add_column(column, justify="right")
-    for stage in stages:
+    for stage in _stages(job):
         table.add_row(
             stage.name,
             f"{stage.data.train.dataset}/{stage.data.train.split}",
@@ -328,17 +341,6 @@ def basis_lines(report: Report) -> list[str]:
     left = [one for one in report.forecasts if one.stage not in report.done]
     bases = dict.fromkeys(one.device.basis for one in left)
     return [f"Hours on the least workers, reckoned from {basis}." for basis in bases]
-
-
-def in_order(stages: Sequence[StageSettings]) -> list[StageSettings]:
-    """The stages of a job, each after the one it starts from."""
-    waiting, ordered = list(stages), list[StageSettings]()
-    while waiting:
-        names = {stage.name for stage in waiting}
-        ready = [s for s in waiting if not s.start_from or s.start_from.checkpoint not in names]
-        ordered += ready
-        waiting = [stage for stage in waiting if stage not in ready]
-    return ordered
 
 
 def _check_shards(manifest: Manifest) -> None:

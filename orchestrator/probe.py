@@ -24,10 +24,15 @@ from orchestrator.config import StageSettings
 from orchestrator.errors import RunError
 from orchestrator.files import read_json, write_json
 from orchestrator.loop import Metrics
-from orchestrator.memory import available_memory, describe, is_out_of_memory
+from orchestrator.memory import (
+    available_memory,
+    describe,
+    is_out_of_memory,
+    kept_for_backward,
+)
+from orchestrator.optimizer import moments
 from orchestrator.place import Place
 from orchestrator.runs import Run
-from orchestrator.sections import AdamW
 from orchestrator.stage_checks import fewest_at_once, stage_warnings
 from orchestrator.task import Loss
 
@@ -53,9 +58,8 @@ class Probe:
 
     def copies(self) -> int:
         """Tensors of the size of all parameters that training holds beside them."""
-        optimizer = self.stage.optimizer
-        moments = 2 if isinstance(optimizer, AdamW) else int(optimizer.momentum > 0)
-        return 1 + moments + (self.stage.ema is not None)  # 1: the gradients
+        ema = self.stage.ema is not None
+        return 1 + moments(self.stage.optimizer) + ema  # 1: the gradients
 
 
 def settle_memory(probe: Probe, run: Run, val_set: Dataset) -> StageSettings:
@@ -279,25 +283,10 @@ def _fits_in_ram(probe: Probe) -> Callable[[int], bool]:
     workers = probe.place.gather(node).count(node)
     free = available_memory() / workers
     weights = sum(p.nbytes for p in probe.network.parameters())
-    each = _kept_for_backward(probe)
-    return lambda size: probe.copies() * weights + _MARGIN * each * size <= free
-
-
-def _kept_for_backward(probe: Probe) -> int:
-    """Bytes that the forward pass of one sample keeps, weights and statistics apart."""
-    state = [*probe.network.parameters(), *probe.network.buffers()]
-    known = {tensor.untyped_storage().data_ptr() for tensor in state}
-    kept: dict[int, torch.UntypedStorage] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage
-        return tensor
-
-    with _held(probe, 0), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with _held(probe, 0), kept_for_backward(probe.network) as kept:
         _forward(probe, 1)
-        return sum(storage.nbytes() for storage in kept.values())
+        each = kept()
+    return lambda size: probe.copies() * weights + _MARGIN * each * size <= free
 
 
 def micro_batch_metrics(in_job: Any, settled: StageSettings) -> Metrics:

@@ -2,7 +2,7 @@
 
 import math
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
@@ -56,3 +56,15 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:  # Atrous itself, where a job brings it as its working directory
         return "not installed"
+
+
+def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, value) of all that is in a record; items of a list by their names."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from flatten(item, f"{prefix}.{key}" if prefix else key)
+    elif isinstance(value, list) and value and isinstance(value[0], dict):
+        for index, item in enumerate(value):
+            yield from flatten(item, f"{prefix}.{item.get('name', index)}")
+    else:
+        yield prefix, value

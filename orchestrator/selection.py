@@ -6,6 +6,7 @@ from typing import Any
 
 from orchestrator.config import Job, PipelineJob, StageSettings
 from orchestrator.errors import JobFileError
+from orchestrator.record import flatten
 from orchestrator.runs import Run
 from orchestrator.stage import PlannedStage, fingerprinted
 
@@ -22,6 +23,8 @@ def select(job: Job, only: Sequence[str] = (), start_at: str | None = None) -> J
         if only or start_at:
             raise JobFileError(f"--only and --from are for pipelines; {job.name} is one stage")
         return job
+    if not only and start_at is None:
+        return job
     names = [stage.name for stage in job.stages]
     for name in (*only, *([start_at] if start_at else ())):
         if name not in names:
@@ -31,7 +34,10 @@ def select(job: Job, only: Sequence[str] = (), start_at: str | None = None) -> J
     chosen = set(only) if only else set(names)
     if start_at:
         chosen &= _descendants(job.stages, start_at)
-    return job.model_copy(update={"stages": tuple(s for s in job.stages if s.name in chosen)})
+    stages = tuple(stage for stage in job.stages if stage.name in chosen)
+    used = {part.dataset for stage in stages for part in (stage.data.train, stage.data.val)}
+    datasets = {name: one for name, one in job.datasets.items() if name in used}
+    return job.model_copy(update={"stages": stages, "datasets": datasets})
 
 
 def _descendants(stages: Sequence[StageSettings], first: str) -> set[str]:
@@ -77,13 +83,4 @@ def _inputs(stage: StageSettings, data: Mapping[str, str], start: str | None) ->
     """All that a result depends on, by name."""
     digests = {f"data.{role} (manifest)": digest[:12] for role, digest in data.items()}
     weights = {"start_from (sha256)": start[:12] if start else "scratch"}
-    return dict(_flatten(fingerprinted(stage))) | digests | weights
-
-
-def _flatten(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, inner in value.items():
-        path = f"{prefix}.{name}" if prefix else name
-        if isinstance(inner, dict):
-            yield from _flatten(inner, path)
-        else:
-            yield path, inner
+    return dict(flatten(fingerprinted(stage))) | digests | weights

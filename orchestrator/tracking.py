@@ -11,13 +11,13 @@ import shlex
 import shutil
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from orchestrator.checkpoint import Checkpoint, checkpoint_paths, read_checkpoint
 from orchestrator.errors import CheckpointError
 from orchestrator.files import read_json, write_json
+from orchestrator.record import flatten
 from orchestrator.runs import Run, read_journal
 
 log = logging.getLogger(__name__)
@@ -166,7 +166,7 @@ class Tracker:
         from mlflow.entities import Param
 
         run = self._run.read()
-        params = [Param(key, str(value)[:6000]) for key, value in _flatten(run["job"])]
+        params = [Param(key, str(value)[:6000]) for key, value in flatten(run["job"])]
         for start in range(0, len(params), _PARAMS_BATCH):
             client.log_batch(run_id, params=params[start : start + _PARAMS_BATCH])
         if "data" in run:
@@ -211,17 +211,6 @@ def _tags(run: dict[str, Any], directory: Run) -> dict[str, str]:
     return tags
 
 
-def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict):
-        for key, item in value.items():
-            yield from _flatten(item, f"{prefix}.{key}" if prefix else key)
-    elif isinstance(value, list) and value and isinstance(value[0], dict):
-        for index, item in enumerate(value):
-            yield from _flatten(item, f"{prefix}.{item.get('name', index)}")
-    else:
-        yield prefix, value
-
-
 def _dataset(role: str, record: dict[str, Any]) -> Any:
     """A split as an MLflow input; its digest field holds 36 characters, the source all of it."""
     from mlflow.entities import Dataset, DatasetInput, InputTag
@@ -244,7 +233,7 @@ def _log_bill(client: Any, run_id: str, run: dict[str, Any]) -> None:
     when = int(run["updated"] * 1000)
     points = [
         Metric(f"bill/{name}".replace(" ", "_"), value, when, run.get("steps", 0))
-        for name, value in _flatten(run.get("bill", {}))
+        for name, value in flatten(run.get("bill", {}))
         if value is not None
     ]
     client.log_batch(run_id, metrics=points)
@@ -276,7 +265,7 @@ def _log_model(client: Any, record: dict[str, Any], checkpoint: Checkpoint) -> s
         name=f"{state['stage']}-step-{checkpoint.step}".replace(".", "_"),
         source_run_id=record["run_id"],
         tags={"atrous.checkpoint": str(checkpoint.path), "atrous.digest": checkpoint.digest},
-        params={key: str(value) for key, value in _flatten(state["model"], "model")},
+        params={key: str(value) for key, value in flatten(state["model"], "model")},
         model_type=state["task"],
     )
     val = state["data"]["val"]

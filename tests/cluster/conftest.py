@@ -84,6 +84,10 @@ class Nodes:
 
         # Sockets lie in it, whose paths must be short.
         self._place = tempfile.mkdtemp(prefix="ray-")
+        # Ray 2.60 starts no node with a Python whose path has a space: go by a link without one.
+        environment = Path(self._place, "environment")
+        environment.symlink_to(sys.prefix)
+        self._python = environment / "bin" / "python"
         self._environment = os.environ | {"RAY_AUTH_MODE": "disabled", "RAY_TMPDIR": self._place}
         self._processes: list[subprocess.Popen[bytes]] = []
         port = free_port()
@@ -99,7 +103,7 @@ class Nodes:
         self._wait_for(1)
 
     def _start(self, *arguments: str) -> None:
-        command = [sys.executable, "-m", "ray.scripts.scripts", "start", *arguments, "--block"]
+        command = [str(self._python), "-m", "ray.scripts.scripts", "start", *arguments, "--block"]
         command += ["--num-cpus=1", "--disable-usage-stats", "--object-store-memory=100000000"]
         # Two nodes on one machine: neither may take the usual ports.
         command += [f"--dashboard-agent-listen-port={free_port()}"]

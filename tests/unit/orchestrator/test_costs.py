@@ -9,7 +9,8 @@ import pytest
 from rich.console import Console
 
 from orchestrator.bill import Bill, read_account
-from orchestrator.costs import as_cost, as_time, bill_table, in_brief, so_far
+from orchestrator.costs import as_cost, bill_table, in_brief, so_far
+from orchestrator.duration import as_time
 from orchestrator.report import Display
 from orchestrator.runs import Run, append_journal
 from tests.unit.orchestrator.test_bill import UNDISTURBED

@@ -17,8 +17,11 @@ VALIDATOR = jsonschema.Draft202012Validator(json_schema())
 
 @pytest.mark.parametrize("path", JOBS, ids=lambda path: path.stem)
 def test_our_job_files_are_valid_for_editors(path: Path) -> None:
+    assert list(VALIDATOR.iter_errors(yaml.safe_load(path.read_text()))) == []
+
+
+def test_the_schema_is_one() -> None:
     VALIDATOR.check_schema(VALIDATOR.schema)
-    VALIDATOR.validate(yaml.safe_load(path.read_text()))
 
 
 @pytest.mark.parametrize(

@@ -198,8 +198,39 @@ def test_sources_of_data_sets(tmp_path: Path) -> None:
         "datasets": {"tiny-imagenet": {"format": "imagenet", "source": str(tmp_path / "gone")}}
     }
     report = check(PipelineJob.model_validate(job))
-    assert any("gone does not exist" in text for text in texts(report, "error"))
+    (error,) = (one for one in report.errors if one.where.endswith("tiny-imagenet"))
+    assert "gone does not exist" in error.text
     assert [one.stage for one in report.forecasts] == ["tiny-imagenet"]  # by the published size
+
+
+def one_stage_pipeline(data: Path) -> dict[str, Any]:
+    values = segmentation(data).settings.model_dump(mode="json")
+    return {"kind": "pipeline", "name": "one", "data_root": str(data), "stages": [values]}
+
+
+def test_a_preparation_that_was_killed_between_splits_goes_on(
+    tiny_data: Path, tmp_path: Path
+) -> None:
+    data = copied(tiny_data, tmp_path)
+    (data / "tiny-voc/val/manifest.parquet").unlink()
+    for source, errors in ((tmp_path, 0), (tmp_path / "gone", 1)):
+        datasets = {"tiny-voc": {"format": "voc", "source": str(source)}}
+        job = one_stage_pipeline(data) | {"datasets": datasets}
+        assert len(check(PipelineJob.model_validate(job)).errors) == errors
+
+
+def test_shards_of_others_may_have_changed(tiny_data: Path, tmp_path: Path) -> None:
+    """The launch indexes them again."""
+    data = copied(tiny_data, tmp_path)
+    (shard,) = (data / "tiny-voc/train").glob("*.tar")
+    shard.write_bytes(shard.read_bytes() + bytes(512))
+    job = one_stage_pipeline(data)
+    assert len(check(PipelineJob.model_validate(job)).errors) == 1
+    contents = {"splits": {"train": "*.tar"}, "task": "segmentation", "classes": 21}
+    job["datasets"] = {
+        "tiny-voc": {"format": "shards", "source": str(data), "shards": contents},
+    }
+    assert check(PipelineJob.model_validate(job)).errors == []
 
 
 def test_what_was_done_costs_nothing(tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:

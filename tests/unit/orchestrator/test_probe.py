@@ -16,7 +16,7 @@ from orchestrator import probe as probing
 from orchestrator import run_writer
 from orchestrator.config import StageSettings
 from orchestrator.errors import RunError, StageFailed
-from orchestrator.memory import available_memory, is_out_of_memory
+from orchestrator.memory import available_memory, is_out_of_memory, kept_for_backward
 from orchestrator.place import Place
 from orchestrator.probe import (
     Probe,
@@ -211,7 +211,9 @@ def test_the_largest_evaluated_shape_is_tried(gpu: Gpu) -> None:
 
 def test_on_a_cpu_memory_is_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     probe = make_probe(micro_batch="auto")
-    each = probing._kept_for_backward(probe)
+    with kept_for_backward(probe.network) as kept:
+        probing._forward(probe, 1)
+        each = kept()
     outputs = probe.network(torch.zeros(2, 3, 33, 33, dtype=torch.uint8))
     assert each > 33 * 33 * 3 * 4 + outputs[0].nbytes  # at least the input in float32 and the loss
     weights = sum(p.nbytes for p in probe.network.parameters())

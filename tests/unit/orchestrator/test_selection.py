@@ -49,3 +49,14 @@ def test_the_value_that_changed_is_named(tiny_data: Path, tmp_path: Path) -> Non
     data["val"]["split"] = "train"
     other = reasons(tiny_data, tmp_path, data=data)
     assert any(line.startswith("  data.val (manifest): ") for line in other)
+
+
+def test_only_the_data_sets_of_the_chosen_stages_are_prepared(tmp_path: Path) -> None:
+    drawn = {"format": "voc", "synthesize": {}}
+    names = ("tiny-voc", "tiny-coco")
+    whole = pipeline_job(tmp_path) | {"datasets": dict.fromkeys(names, drawn)}
+    job = PipelineJob.model_validate(whole)
+    assert select(job) is job
+    part = select(job, only=["tiny-coco"])
+    assert isinstance(part, PipelineJob)
+    assert list(part.datasets) == ["tiny-coco"]
