@@ -76,6 +76,14 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def linked_programs(place: Path) -> Path:
+    """This environment's programs by a link in `place`: Ray 2.60 starts no nodes and no jobs with a
+    Python whose path has a space."""
+    link = place / "environment"
+    link.symlink_to(sys.prefix)
+    return link / "bin"
+
+
 class Nodes:
     """A Ray cluster of several nodes with one CPU each, all on this machine."""
 
@@ -84,10 +92,7 @@ class Nodes:
 
         # Sockets lie in it, whose paths must be short.
         self._place = tempfile.mkdtemp(prefix="ray-")
-        # Ray 2.60 starts no node with a Python whose path has a space: go by a link without one.
-        environment = Path(self._place, "environment")
-        environment.symlink_to(sys.prefix)
-        self._python = environment / "bin" / "python"
+        self._python = linked_programs(Path(self._place)) / "python"
         self._environment = os.environ | {"RAY_AUTH_MODE": "disabled", "RAY_TMPDIR": self._place}
         self._processes: list[subprocess.Popen[bytes]] = []
         port = free_port()

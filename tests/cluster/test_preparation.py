@@ -23,7 +23,7 @@ from data_pipeline.prepare import Settings, prepare
 from data_pipeline.storage import open_storage
 from orchestrator.cluster import connect
 from orchestrator.ray_tasks import on_cluster
-from tests.cluster.conftest import descendants
+from tests.cluster.conftest import descendants, linked_programs
 from tests.cluster.test_ray_job import RAY, ROOT, free_port
 from tests.object_store import ACCESS_KEY, SECRET_KEY, Server, bucket, store
 
@@ -41,10 +41,11 @@ def start(environment: dict[str, str], log: Path, *arguments: str) -> subprocess
 
 
 @pytest.fixture(scope="module")
-def environment(store: Server) -> dict[str, str]:
+def environment(store: Server, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Of the nodes and the commands: the object store is in it."""
+    programs = linked_programs(tmp_path_factory.mktemp("programs"))
     return os.environ | {
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
         "RAY_AUTH_MODE": "disabled",
         "AWS_ENDPOINT_URL": f"http://127.0.0.1:{store.port}",
         "AWS_ACCESS_KEY_ID": ACCESS_KEY,

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from orchestrator.runs import all_runs
+from tests.cluster.conftest import linked_programs
 from tests.unit.orchestrator.jobs import pipeline_job, stage_job, write
 
 pytestmark = pytest.mark.cluster
@@ -33,11 +34,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
     """A head node started in the project's directory; the environment to submit from."""
     place = tmp_path_factory.mktemp("cluster")
     dashboard = free_port()
-    # Ray 2.60 cannot run jobs with a Python whose path has a space: go by a link without one.
-    programs = place / "environment" / "bin"
-    programs.parent.symlink_to(sys.prefix)
     environment = os.environ | {
-        "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
+        "PATH": f"{linked_programs(place)}{os.pathsep}{os.environ['PATH']}",
         "ATROUS_STORAGE": str(place / "storage"),
         "RAY_AUTH_MODE": "disabled",
     }
