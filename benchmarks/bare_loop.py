@@ -19,9 +19,9 @@ from data_pipeline.loader import TrainLoader
 from data_pipeline.plan import slots_of_rank
 from model.allocator import keep_freed_memory
 from model.build import build_network, parameter_groups
-from orchestrator.config import StageJob, StageSettings
-from orchestrator.job_file import load_job
-from orchestrator.optimizer import make_optimizer, make_schedule
+from orchestrator.job.config import StageJob, StageSettings
+from orchestrator.job.job_file import load_job
+from orchestrator.training.optimizer import make_optimizer, make_schedule
 
 
 def read_stage(job_file: str) -> StageSettings:

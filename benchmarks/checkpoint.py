@@ -25,8 +25,8 @@ from torch import Tensor
 
 from model.build import build_network
 from model.config import ModelConfig
-from orchestrator.checkpoint_writer import CheckpointWriter, Contents
-from orchestrator.sections import Checkpoints
+from orchestrator.job.sections import Checkpoints
+from orchestrator.runs.checkpoint_writer import CheckpointWriter, Contents
 
 
 class Training:

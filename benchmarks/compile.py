@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from model.build import build_network
 from model.compilation import compile_blocks
 from model.config import ModelConfig
-from orchestrator.place import Place, set_precision
+from orchestrator.training.place import Place, set_precision
 
 NUM_CLASSES = 21
 

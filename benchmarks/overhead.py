@@ -227,7 +227,8 @@ def free_port() -> int:
 
 def run_atrous(job_file: str, marks_file: str) -> None:
     """The command line, with the times of planning and of Ray's start written down."""
-    from orchestrator import cli, pipeline
+    from orchestrator.cli import main as cli
+    from orchestrator.launch import pipeline
 
     marks: dict[str, float] = {}
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.runs import Run, read_journal
+from orchestrator.runs.run import Run, read_journal
 
 
 @pytest.fixture

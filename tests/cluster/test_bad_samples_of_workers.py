@@ -12,7 +12,7 @@ import pytest
 
 from data_pipeline.dataset import open_dataset
 from data_pipeline.manifest import read_manifest, write_manifest
-from orchestrator.runs import read_journal
+from orchestrator.runs.run import read_journal
 from tests.cluster.conftest import Atrous, only_run
 from tests.unit.orchestrator.jobs import stage_job, write
 

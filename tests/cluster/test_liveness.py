@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from orchestrator.checkpoint import newest_checkpoint
-from orchestrator.runs import read_journal
+from orchestrator.runs.checkpoint import newest_checkpoint
+from orchestrator.runs.run import read_journal
 from tests.cluster.conftest import Nodes, descendants, wait_for_event, wait_for_step
 from tests.unit.orchestrator.jobs import stage_job, write
 

@@ -21,8 +21,8 @@ from data_pipeline.manifest import FILE_NAME, read_manifest
 from data_pipeline.parts import Part, ShardTask, in_processes
 from data_pipeline.prepare import Settings, prepare
 from data_pipeline.storage import open_storage
-from orchestrator.cluster import connect
-from orchestrator.ray_tasks import on_cluster
+from orchestrator.launch.cluster import connect
+from orchestrator.launch.ray_tasks import on_cluster
 from tests.cluster.conftest import descendants, linked_programs
 from tests.cluster.test_ray_job import RAY, ROOT, free_port
 from tests.object_store import ACCESS_KEY, SECRET_KEY, Server, bucket, store
@@ -152,7 +152,7 @@ SCRIPT = """
 import sys
 import time
 from data_pipeline.prepare import Settings, prepare
-from orchestrator.ray_tasks import on_cluster
+from orchestrator.launch.ray_tasks import on_cluster
 
 def report(split, done, total):
     print(split, done, flush=True)

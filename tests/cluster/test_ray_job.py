@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.runs import all_runs
+from orchestrator.runs.run import all_runs
 from tests.cluster.conftest import linked_programs
 from tests.unit.orchestrator.jobs import pipeline_job, stage_job, write
 

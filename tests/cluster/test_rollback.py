@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.rollback import ROLLBACKS, read_windows
-from orchestrator.runs import Run
+from orchestrator.runs.run import Run
+from orchestrator.training.rollback import ROLLBACKS, read_windows
 from tests.cluster.conftest import only_run, series
 from tests.unit.orchestrator.jobs import stage_job, write
 
@@ -20,8 +20,8 @@ pytestmark = pytest.mark.cluster
 POISONED = """
 import math, sys
 
-from orchestrator import trainer
-from orchestrator.cli import main
+from orchestrator.training import trainer
+from orchestrator.cli.main import main
 
 make_trainer = trainer.make_trainer
 
@@ -29,7 +29,7 @@ make_trainer = trainer.make_trainer
 def poisoned(config):
     import ray.train
 
-    from orchestrator import worker
+    from orchestrator.training import worker
 
     make_loss, rank = worker.make_loss, ray.train.get_context().get_world_rank()
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.runs import Run, read_journal
+from orchestrator.runs.run import Run, read_journal
 from tests.cluster.conftest import Atrous, only_run, wait_for_step
 from tests.unit.orchestrator.jobs import stage, write
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from orchestrator.checkpoint import best_checkpoint, newest_checkpoint
-from orchestrator.checkpoint_writer import CheckpointWriter, Contents
-from orchestrator.sections import Checkpoints
+from orchestrator.job.sections import Checkpoints
+from orchestrator.runs.checkpoint import best_checkpoint, newest_checkpoint
+from orchestrator.runs.checkpoint_writer import CheckpointWriter, Contents
 
 DELETIONS = {"os.remove", "os.rmdir"}
 CHANGES = DELETIONS | {"os.chmod", "os.mkdir", "os.rename", "os.truncate"}

@@ -1,0 +1,255 @@
+"""Commands about job files and runs that train nothing."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+commands = typer.Typer()
+
+Storage = Annotated[Path | None, typer.Option(help="Default: $ATROUS_STORAGE, else ~/atrous.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Target = Annotated[
+    str, typer.Argument(help="A stage (its newest run), run directory or its name, MLflow run id.")
+]
+
+
+def _place(storage: Path | None) -> Path:
+    place = storage or Path(os.environ.get("ATROUS_STORAGE") or "~/atrous")
+    return place.expanduser().absolute()
+
+
+def _console() -> "Console":
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 200)
+
+
+@commands.command()
+def schema() -> None:
+    """Print the JSON Schema of job files, for editors."""
+    from orchestrator.job.explain import json_schema
+
+    typer.echo(json.dumps(json_schema(), indent=1, ensure_ascii=False))
+
+
+@commands.command()
+def explain(
+    field: Annotated[
+        str, typer.Argument(help="Such as optimizer.lr; default: the top level.")
+    ] = "",
+) -> None:
+    """Tell what a field of a job file means, what it may be, and its default."""
+    from orchestrator.job.explain import explain as lines
+
+    for line in lines(field):
+        typer.echo(line)
+
+
+@commands.command()
+def plan(
+    job_file: Path,
+    override: Annotated[
+        list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Change a field.")
+    ] = None,
+    address: Annotated[
+        str | None, typer.Option(help="A Ray cluster to look at; default: $RAY_ADDRESS, else here.")
+    ] = None,
+    why: Annotated[
+        bool, typer.Option("--why", help="Also tell what changed since each stage last ran.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Check a job and tell what it will take; exit status 1 where it cannot run."""
+    from dataclasses import asdict
+
+    from orchestrator.job.job_file import load_job
+    from orchestrator.launch.preflight import basis_lines, finding_lines, plan_table, preflight
+
+    job = load_job(job_file, tuple(override or ()))
+    if address is not None:
+        os.environ["RAY_ADDRESS"] = address
+    report = preflight(job)
+    if as_json:
+        typer.echo(json.dumps(asdict(report) | {"job": job.model_dump(mode="json")}, indent=1))
+    else:
+        console = _console()
+        console.print(plan_table(job, report))
+        for line in basis_lines(report):
+            console.print(line, highlight=False, soft_wrap=True)
+        for name, changes in report.changes.items() if why else ():
+            console.print(f"{name}: " + "\n".join(changes or ["never ran"]), highlight=False)
+        for line, style in finding_lines(report.findings):
+            console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
+    raise typer.Exit(1 if report.errors else 0)
+
+
+@commands.command()
+def submit(
+    job_file: Path,
+    override: Annotated[
+        list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Change a field.")
+    ] = None,
+    address: Annotated[
+        str | None, typer.Option(help="http://HEAD:8265; default: $RAY_ADDRESS, else this machine.")
+    ] = None,
+    follow: Annotated[
+        bool, typer.Option("--follow", help="Show its log; end with its exit status.")
+    ] = False,
+    kuberay: Annotated[
+        bool, typer.Option("--kuberay", help="Print a RayJob manifest instead.")
+    ] = False,
+    package: Annotated[
+        str | None, typer.Option(help="--kuberay: s3://bucket/prefix for the packed project.")
+    ] = None,
+    image: Annotated[str, typer.Option(help="--kuberay: container image.")] = "atrous:latest",
+) -> None:
+    """Pack what git tracks and run the job file on a Ray cluster."""
+    from orchestrator.job.job_file import load_job
+    from orchestrator.launch import submit as submitting
+
+    overrides = tuple(override or ())
+    submission = submitting.make_submission(load_job(job_file, overrides), job_file, overrides)
+    if kuberay:
+        if package is None:
+            raise typer.BadParameter("--kuberay needs --package s3://bucket/prefix")
+        uri = submitting.upload(submission, package, lambda line: typer.echo(line, err=True))
+        typer.echo(submitting.kuberay_manifest(submission, uri, image))
+        return
+    client, job_id = submitting.submit(submission, address, typer.echo)
+    typer.echo(f"submitted: {job_id}")
+    if follow:
+        raise typer.Exit(submitting.follow(client, job_id, typer.echo))
+    typer.echo(f"its log: ray job logs {job_id} --follow")
+
+
+@commands.command()
+def lineage(
+    target: Annotated[
+        str, typer.Argument(help="A stage, run directory, MLflow run id or checkpoint.")
+    ],
+    storage: Storage = None,
+    as_json: AsJson = False,
+    dot: Annotated[bool, typer.Option("--dot", help="Print Graphviz.")] = False,
+) -> None:
+    """Print the chain of a checkpoint back to raw data, with digests and metrics."""
+    from orchestrator.runs.lineage import as_dot, as_lines, as_records, find_checkpoint, trace
+
+    link = trace(find_checkpoint(target, _place(storage)))
+    if as_json:
+        typer.echo(json.dumps(as_records(link), indent=1))
+    else:
+        typer.echo("\n".join(as_dot(link) if dot else as_lines(link)))
+
+
+@commands.command()
+def runs(
+    stage: Annotated[str | None, typer.Option(help="Only runs of this stage.")] = None,
+    best: Annotated[
+        str | None, typer.Option(metavar="METRIC", help="By this metric, best first: val/miou.")
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1)] = 30,
+    storage: Storage = None,
+    as_json: AsJson = False,
+) -> None:
+    """List runs, newest or best first."""
+    from orchestrator.runs import overview
+
+    found = overview.overviews(_place(storage), stage)
+    if best is not None:
+        found = overview.best_first(found, best)
+    if as_json:
+        typer.echo(json.dumps([overview.as_json(one) for one in found[:limit]], indent=1))
+    elif found:
+        _console().print(overview.runs_table(found[:limit], best))
+    else:
+        typer.echo(f"no runs under {_place(storage)}")
+
+
+@commands.command()
+def status(target: Target, storage: Storage = None, as_json: AsJson = False) -> None:
+    """Tell how a run stands, from its directory alone."""
+    from orchestrator.runs import overview
+
+    one = overview.find_run(target, _place(storage))
+    if as_json:
+        typer.echo(json.dumps(overview.as_json(one), indent=1))
+        return
+    _console().print(overview.runs_table([one]))
+    for field in ("error", "checkpoint", "digest"):
+        if one.record.get(field):
+            typer.echo(f"{field}: {one.record[field]}")
+
+
+@commands.command()
+def wait(
+    target: Target,
+    timeout: Annotated[float | None, typer.Option(help="Seconds; default: without end.")] = None,
+    storage: Storage = None,
+) -> None:
+    """Wait until a run ended; exit status 0 only when it finished."""
+    from orchestrator.runs import overview
+
+    one = overview.wait(target, _place(storage), timeout, typer.echo)
+    typer.echo(f"{one.run.path.name}: {one.state}: {one.record.get('error') or one.score}")
+    raise typer.Exit(0 if one.state == "finished" else 1)
+
+
+@commands.command()
+def stop(target: Target, storage: Storage = None) -> None:
+    """Ask a running run to write a checkpoint and to stop; the same job goes on from there."""
+    from orchestrator.runs import overview
+    from orchestrator.runs.stop import ask_to_stop
+
+    one = overview.find_run(target, _place(storage))
+    if one.state != "running":
+        typer.echo(f"{one.run.path.name}: is {one.state}, there is nothing to stop")
+        raise typer.Exit(1)
+    ask_to_stop(one.run, "atrous stop")
+    typer.echo(f"{one.run.path.name}: stops at its next step; atrous wait {target}")
+
+
+@commands.command()
+def gc(
+    older_than: Annotated[
+        float, typer.Option(min=0, help="Days an unfinished run was not touched.")
+    ] = 30,
+    delete: Annotated[bool, typer.Option("--delete", help="Delete; default: only tell.")] = False,
+    storage: Storage = None,
+) -> None:
+    """Find runs and checkpoints that nobody needs any more."""
+    from orchestrator.runs import garbage
+
+    found = garbage.find_garbage(_place(storage), older_than)
+    for one in found:
+        typer.echo(f"{one.path}: {one.bytes / 2**20:.1f} MiB: {one.why}")
+        if delete:
+            garbage.delete(one)
+    total = sum(one.bytes for one in found) / 2**20
+    done = "deleted" if delete else "to delete (atrous gc --delete)"
+    typer.echo(f"{len(found)} {done}, {total:.1f} MiB")
+
+
+@commands.command()
+def compare(
+    targets: Annotated[list[str], typer.Argument(help="Runs, each as in `atrous status`.")],
+    out: Annotated[Path | None, typer.Option(help="Draw their curves to this .png.")] = None,
+    metric: Annotated[
+        list[str] | None, typer.Option(help="To draw (repeatable); default: loss and headline.")
+    ] = None,
+    storage: Storage = None,
+) -> None:
+    """Show in which parameters runs differ, and their metrics."""
+    from orchestrator.runs import overview
+
+    found = [overview.find_run(target, _place(storage)) for target in targets]
+    _console().print(overview.compare(found))
+    if out is not None:
+        overview.draw(found, metric or ["train/loss", found[0].headline], out)
+        typer.echo(f"drawn: {out}")

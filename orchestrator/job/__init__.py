@@ -1,0 +1,1 @@
+"""Job files: the schema, its sections, reading and explaining them."""

@@ -1,0 +1,1 @@
+"""From a job file to running stages: preflight, pipelines, clusters, submission."""

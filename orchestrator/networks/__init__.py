@@ -1,0 +1,1 @@
+"""Checkpoints as networks: open, predict, export, import, count."""

@@ -1,0 +1,1 @@
+"""Run directories, checkpoints, lineage, and their view in MLflow: all that outlives a process."""

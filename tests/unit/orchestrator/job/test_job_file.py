@@ -1,0 +1,185 @@
+import string
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from orchestrator.errors import JobFileError
+from orchestrator.job.config import PipelineJob, StageJob
+from orchestrator.job.job_file import load_job
+from tests.unit.orchestrator.jobs import pipeline_job, stage_job, write
+
+RECIPES = sorted(Path("jobs").rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=str)
+def test_recipes_are_valid_and_executable(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ATROUS_TEST_DATA", "/data")
+    job = load_job(path)
+    assert job.kind in ("stage", "pipeline")
+    assert path.read_text().startswith("#!/usr/bin/env -S python -m orchestrator\n")
+    assert path.stat().st_mode & 0o111
+
+
+def test_stage_and_pipeline_are_read(tmp_path: Path) -> None:
+    job = load_job(write(tmp_path / "a.yaml", stage_job(tmp_path)))
+    assert isinstance(job, StageJob)
+    assert job.settings.name == "tiny-imagenet"
+    assert not hasattr(job.settings, "storage")
+    pipeline = load_job(write(tmp_path / "b.yaml", pipeline_job(tmp_path)))
+    assert isinstance(pipeline, PipelineJob)
+    assert pipeline.stages[0].start_from is not None
+    assert pipeline.stages[0].start_from.checkpoint == "tiny-coco"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"optimiser": {}}, "optimiser: unknown key; did you mean 'optimizer'?"),
+        ({"optimizer": {"lr": -1}}, "optimizer.lr: -1: input should be greater than 0"),
+        (
+            {"schedule": {"name": "poly", "pow": 2}},
+            "schedule.pow: unknown key; did you mean 'power'?",
+        ),
+        (
+            {"schedule": {"name": "cosin"}},
+            "schedule.name: 'cosin': did you mean 'cosine'? choose poly, cosine, ",
+        ),
+        ({"schedule": {"power": 2}}, "schedule.name: is required; choose poly, cosine, "),
+        ({"schedule": {"name": "steps"}}, "schedule.milestones: is required"),
+        (
+            {"optimizer": {"name": "adamw", "lr": 1, "momentum": 0.9}},
+            "optimizer.momentum: unknown key; known keys: betas, clip_norm, eps, lr, ",
+        ),
+        (
+            {"optimizer": {"name": "adamw", "lr": 1, "betas": [0.9]}},
+            "optimizer.betas[1]: is required",
+        ),
+        (
+            {"model": {"backbone": "xception66"}},
+            "model.backbone: 'xception66': did you mean 'xception65'? choose xception41, ",
+        ),
+        ({"model": {"multi_grid": [1, 2]}}, "model.multi_grid[2]: is required"),
+        (
+            {"model": {"decoder": {"low_level": ["conv2", "conv3"]}}},
+            "model.decoder.low_level: choose [conv2] or [conv3, conv2]",
+        ),
+        ({"global_batch": None}, "global_batch: None: input should be a valid integer"),
+        ({"evaluate": {"scales": [0.5]}}, "evaluate.scales is for segmentation"),
+        ({"epochs": 3}, "give exactly one of steps and epochs"),
+        ({"log_every": "3 days"}, "log_every: '3 days': must be a number of steps (1000) or of"),
+        ({"cluster": {"workers": [4, 2]}}, "cluster: workers: [4, 2] is not [min, max]"),
+        ({"cluster": {"workers": 99}}, "global_batch: 8 is smaller than cluster.workers: 99"),
+        ({"storage": "${NOT_SET}"}, "the environment variable NOT_SET is not set; export"),
+        ({"storage": "s3://bucket/x"}, "storage: 's3://bucket/x': only local"),
+        ({"data_root": "gs://bucket/x"}, "data sets lie in local directories or under s3://"),
+        ({"data_root": "s3://B"}, "not the name of a bucket"),
+        ({"kind": "stge"}, "kind: 'stge' is not one of stage, pipeline"),
+    ],
+)
+def test_errors_name_field_value_and_cure(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    path = write(tmp_path / "job.yaml", stage_job(tmp_path) | changes)
+    with pytest.raises(JobFileError) as error:
+        load_job(path)
+    assert str(error.value).startswith(str(path))
+    assert message in str(error.value)
+
+
+def test_missing_key_is_named(tmp_path: Path) -> None:
+    job = stage_job(tmp_path)
+    del job["data"]["val"]
+    with pytest.raises(JobFileError, match=r"data\.val: is required"):
+        load_job(write(tmp_path / "job.yaml", job))
+
+
+def test_stages_of_a_pipeline_are_named(tmp_path: Path) -> None:
+    job = pipeline_job(tmp_path)
+    job["stages"][1]["model"]["bakbone"] = "x"
+    with pytest.raises(
+        JobFileError, match=r"stages\[1\] \(tiny-coco\)\.model\.bakbone: unknown key"
+    ):
+        load_job(write(tmp_path / "job.yaml", job))
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda stages: stages.append(dict(stages[0])), "the name 'tiny-voc' is used twice"),
+        (lambda stages: stages[2].update(start_from="tiny-voc"), "start from each other"),
+        (lambda stages: stages.clear(), "stages: give at least one"),
+    ],
+)
+def test_graphs_that_cannot_run(tmp_path: Path, edit: Any, message: str) -> None:
+    job = pipeline_job(tmp_path)
+    edit(job["stages"])
+    with pytest.raises(JobFileError, match=message):
+        load_job(write(tmp_path / "job.yaml", job))
+
+
+def test_not_yaml_not_there_and_keys_given_twice(tmp_path: Path) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text("kind: stage\nkind: pipeline\n")
+    with pytest.raises(JobFileError, match="the key 'kind' is given twice"):
+        load_job(path)
+    path.write_text("kind: [\n")
+    with pytest.raises(JobFileError, match="not valid YAML"):
+        load_job(path)
+    with pytest.raises(JobFileError, match=r"no such file; did you mean .*job\.yaml"):
+        load_job(tmp_path / "jobs.yaml")
+
+
+def test_yaml_cannot_run_code(tmp_path: Path) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text("!!python/object/apply:os.system ['touch pwned']\n")
+    with pytest.raises(JobFileError, match="not valid YAML"):
+        load_job(path)
+
+
+def test_overrides(tmp_path: Path) -> None:
+    path = write(tmp_path / "job.yaml", stage_job(tmp_path))
+    job = load_job(path, ("optimizer.lr=0.5", "cluster.workers=[1, 2]"))
+    assert isinstance(job, StageJob)
+    assert (job.optimizer.lr, job.cluster.workers) == (0.5, (1, 2))
+    pipeline = load_job(
+        write(tmp_path / "p.yaml", pipeline_job(tmp_path)), ("stages.tiny-coco.seed=7",)
+    )
+    assert isinstance(pipeline, PipelineJob)
+    assert [stage.seed for stage in pipeline.stages] == [0, 7, 0]
+    with pytest.raises(JobFileError, match="write FIELD=VALUE"):
+        load_job(path, ("seed",))
+    with pytest.raises(JobFileError, match="no item 'x'"):
+        load_job(tmp_path / "p.yaml", ("stages.x.seed=7",))
+
+
+def test_a_pipeline_may_name_stage_files(tmp_path: Path) -> None:
+    write(tmp_path / "stage.yaml", stage_job(tmp_path))
+    path = write(tmp_path / "p.yaml", {"kind": "pipeline", "name": "p", "stages": ["stage.yaml"]})
+    job = load_job(path)
+    assert isinstance(job, PipelineJob)
+    assert job.stages[0].name == "tiny-imagenet"
+
+
+_SCALARS = st.none() | st.booleans() | st.integers() | st.text(string.ascii_letters, max_size=5)
+_VALUES = st.recursive(
+    _SCALARS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
+)
+
+
+@given(field=st.sampled_from(sorted(stage_job(Path("/d")))), value=_VALUES)
+def test_any_value_is_accepted_or_refused_by_name(
+    tmp_path_factory: pytest.TempPathFactory, field: str, value: Any
+) -> None:
+    path = tmp_path_factory.mktemp("job") / "job.yaml"
+    path.write_text(yaml.safe_dump(stage_job(Path("/d")) | {field: value}))
+    refusal = None
+    try:
+        load_job(path)
+    except JobFileError as error:
+        refusal = str(error)
+    assert refusal is None or refusal.startswith(str(path))

@@ -1,0 +1,132 @@
+"""What a submission packs, refuses and asks of a cluster."""
+
+import subprocess
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from orchestrator.errors import RunError
+from orchestrator.job.job_file import load_job
+from orchestrator.launch.packing import pack
+from orchestrator.launch.submit import follow, kuberay_manifest, make_submission
+from tests.unit.orchestrator.jobs import stage_job, write
+
+
+def git(root: Path, *arguments: str) -> None:
+    identity = ("-c", "user.name=a", "-c", "user.email=a@b")
+    subprocess.run(["git", "-C", str(root), *identity, *arguments], check=True, capture_output=True)
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    root = tmp_path / "my project"
+    (root / "jobs").mkdir(parents=True)
+    cluster = {"workers": (1, 4), "gpus_per_worker": 1, "cpus_per_worker": 6}
+    path = write(root / "jobs/tiny.yaml", stage_job(tmp_path, cluster=cluster))
+    path.chmod(0o755)
+    (root / "code.py").write_text("print('hello')\n")
+    (root / ".gitignore").write_text("runs/\n")
+    (root / "runs").mkdir()
+    (root / "runs/weights.bin").write_bytes(b"0" * 1000)
+    (root / "untracked.txt").write_text("mine")
+    git(root, "init")
+    git(root, "add", "jobs", "code.py", ".gitignore")
+    git(root, "commit", "-m", "first")
+    return root
+
+
+def test_only_what_git_tracks_is_packed(project: Path, tmp_path: Path) -> None:
+    package = pack(project, tmp_path / "a.zip")
+    with zipfile.ZipFile(package.path) as archive:
+        assert sorted(archive.namelist()) == [".gitignore", "code.py", "jobs/tiny.yaml"]
+        assert archive.getinfo("jobs/tiny.yaml").external_attr >> 16 & 0o111  # still executable
+    assert package.changed == ()
+    assert pack(project, tmp_path / "b.zip").digest == package.digest
+    (project / "code.py").write_text("print('changed')\n")
+    changed = pack(project, tmp_path / "c.zip")
+    assert changed.changed == ("code.py",)
+    assert changed.digest != package.digest
+    assert "with 1 changed files" in next(iter(changed.describe()))
+
+
+def test_too_much_is_refused_with_the_largest_files(project: Path, tmp_path: Path) -> None:
+    git(project, "add", "-f", "runs/weights.bin")
+    with pytest.raises(RunError, match=r"The largest: runs/weights\.bin"):
+        pack(project, tmp_path / "a.zip", limit=1000)
+    assert not (tmp_path / "a.zip").exists()
+
+
+@pytest.mark.parametrize("name", [".env", "keys/server.pem", ".aws/credentials", "id_rsa"])
+def test_credentials_are_refused(project: Path, tmp_path: Path, name: str) -> None:
+    (project / name).parent.mkdir(exist_ok=True)
+    (project / name).write_text("secret")
+    git(project, "add", "-f", name)
+    with pytest.raises(RunError, match="looks like a credential"):
+        pack(project, tmp_path / "a.zip")
+
+
+def test_a_directory_without_git(tmp_path: Path) -> None:
+    path = write(tmp_path / "tiny.yaml", stage_job(tmp_path))
+    with pytest.raises(RunError, match="git init and commit"):
+        make_submission(load_job(path), path, ())
+
+
+def test_the_command_survives_spaces_and_overrides(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://tracking:5000")
+    path = project / "jobs/tiny.yaml"
+    made = make_submission(load_job(path), path, ("optimizer.lr=0.1", "name=a b"))
+    assert made.entrypoint == (
+        "python -m orchestrator run jobs/tiny.yaml --set optimizer.lr=0.1 --set 'name=a b'"
+    )
+    assert made.environment["MLFLOW_TRACKING_URI"] == "http://tracking:5000"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@tracking:5000")
+    with pytest.raises(RunError, match="has a password in it"):
+        make_submission(load_job(path), path, ())
+
+
+def test_the_manifest_of_kuberay(project: Path) -> None:
+    path = project / "jobs/tiny.yaml"
+    made = make_submission(load_job(path), path, ())
+    manifest = yaml.safe_load(kuberay_manifest(made, "s3://bucket/x.zip", "atrous:1"))
+    assert (manifest["apiVersion"], manifest["kind"]) == ("ray.io/v1", "RayJob")
+    spec = manifest["spec"]
+    assert yaml.safe_load(spec["runtimeEnvYAML"])["working_dir"] == "s3://bucket/x.zip"
+    (group,) = spec["rayClusterSpec"]["workerGroupSpecs"]
+    assert (group["replicas"], group["maxReplicas"]) == (1, 4)
+    limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
+    assert limits == {"cpu": "6", "memory": "24Gi", "nvidia.com/gpu": "1"}
+
+
+class _Client:
+    """A cluster's record of one job: states and logs as they come."""
+
+    def __init__(self, *states: str, code: int | None = None) -> None:
+        self._states = list(states)
+        self._code = code
+
+    def get_job_info(self, _: str) -> Any:
+        from ray.job_submission import JobStatus
+
+        status = JobStatus(self._states.pop(0))
+        return type("Info", (), {"status": status, "message": "m", "driver_exit_code": self._code})
+
+    def get_job_logs(self, _: str) -> str:
+        return "line\n" * (3 - len(self._states))
+
+
+@pytest.mark.parametrize(
+    ("states", "code", "expected"),
+    [(("RUNNING", "SUCCEEDED"), 0, 0), (("RUNNING", "FAILED"), 3, 3), (("STOPPED",), None, 1)],
+)
+def test_the_exit_status_is_the_jobs(
+    states: tuple[str, ...], code: int | None, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("orchestrator.launch.submit._LOOK_EVERY", 0)
+    told: list[str] = []
+    assert follow(_Client(*states, code=code), "job", told.append) == expected  # type: ignore[arg-type]
+    assert "line" in told[0]

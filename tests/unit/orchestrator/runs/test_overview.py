@@ -1,0 +1,88 @@
+"""Lists, states and comparisons of runs, from hand-made run directories."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from orchestrator.cli.main import app
+from orchestrator.errors import RunError
+from orchestrator.runs.overview import best_first, compare, draw, find_run, overviews, wait
+from orchestrator.runs.run import Run, append_journal, run_directory
+
+
+def make(storage: Path, fingerprint: str, status: str, **fields: Any) -> Run:
+    run = run_directory(storage, "tiny", fingerprint)
+    split = {"digest": fingerprint}
+    run.update(
+        **{
+            "stage": "tiny",
+            "status": status,
+            "steps": 4,
+            "created": 1.0,
+            "job": {"task": "segmentation", "optimizer": {"lr": 0.1}},
+            "data": {"train": split, "val": split},
+        }
+        | fields
+    )
+    return run
+
+
+def log(run: Run, *values: float) -> None:
+    for step, value in enumerate(values, 1):
+        append_journal(run.journal, {"step": step, "metrics": {"val/miou": value}})
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> Path:
+    good = make(tmp_path, "a" * 12, "finished", created=1.0)
+    log(good, 0.5, 0.7)
+    job = {"task": "segmentation", "optimizer": {"lr": 0.2}}
+    log(make(tmp_path, "b" * 12, "failed", created=2.0, job=job, error="boom"), 0.6)
+    return tmp_path
+
+
+def test_newest_first_or_best_first(storage: Path) -> None:
+    found = overviews(storage)
+    assert [one.run.path.name[-1] for one in found] == ["b", "a"]
+    assert [one.run.path.name[-1] for one in best_first(found, "val/miou")] == ["a", "b"]
+    with pytest.raises(RunError, match="no run has the metric 'val/iou'; there are val/miou"):
+        best_first(found, "val/iou")
+
+
+def test_a_run_is_found_by_stage_name_and_path(storage: Path) -> None:
+    assert find_run("tiny", storage).state == "failed"
+    assert find_run("tiny-aaaaaaaaaaaa", storage).score == "val/miou 0.7000"
+    assert find_run(str(storage / "runs/tiny-aaaaaaaaaaaa"), storage).step == 2
+    with pytest.raises(RunError, match="did you mean 'tiny'"):
+        find_run("tinny", storage)
+
+
+def test_running_without_a_driver_is_interrupted(storage: Path) -> None:
+    run = make(storage, "c" * 12, "running", created=3.0)
+    assert find_run("tiny", storage).state == "interrupted"
+    with run.lock():
+        assert find_run("tiny", storage).state == "running"
+        with pytest.raises(RunError, match="still running after 0 s"):
+            wait("tiny", storage, 0, lambda _: None)
+
+
+def test_the_exit_status_of_wait_is_the_runs(storage: Path) -> None:
+    def status_of(target: str) -> tuple[int, str]:
+        result = CliRunner().invoke(app, ["wait", target, "--storage", str(storage)])
+        return result.exit_code, result.output
+
+    assert status_of("tiny-aaaaaaaaaaaa") == (0, "tiny-aaaaaaaaaaaa: finished: val/miou 0.7000\n")
+    assert status_of("tiny-bbbbbbbbbbbb") == (1, "tiny-bbbbbbbbbbbb: failed: boom\n")
+
+
+def test_only_what_differs_is_compared(storage: Path, tmp_path: Path) -> None:
+    found = overviews(storage)
+    table = compare(found)
+    rows = dict(zip(table.columns[0].cells, table.columns[1].cells, strict=True))
+    assert rows["optimizer.lr"] == "0.2"
+    assert "task" not in rows
+    assert rows["val/miou"] == "0.6"
+    draw(found, ["val/miou"], tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
