@@ -9,8 +9,7 @@ from orchestrator.cli.main import app
 from orchestrator.errors import RunError
 from orchestrator.job.job_file import load_job
 from orchestrator.networks.complexity import job_rows
-
-from . import jobs
+from tests.unit.orchestrator import jobs
 
 
 def _call(*arguments: str) -> Any:

@@ -14,8 +14,7 @@ from orchestrator.networks.importing import import_checkpoint
 from orchestrator.networks.network import open_network
 from orchestrator.runs.checkpoint import read_checkpoint
 from orchestrator.runs.lineage import as_lines, trace
-
-from . import jobs
+from tests.unit.orchestrator import jobs
 
 
 @pytest.fixture

@@ -10,8 +10,7 @@ from model.config import ModelConfig
 from orchestrator.errors import CheckpointError
 from orchestrator.networks.network import open_network
 from orchestrator.runs.checkpoint import write_checkpoint
-
-from .jobs import SEGMENTER
+from tests.unit.orchestrator.jobs import SEGMENTER
 
 STATE = {"task": "segmentation", "class_names": ["a", "b"], "model": SEGMENTER, "step": 3}
 

@@ -12,8 +12,7 @@ from orchestrator.errors import CheckpointError
 from orchestrator.job.config import StageSettings
 from orchestrator.runs.foreign import fetch_weights, read_pickle
 from orchestrator.runs.start import resolve_start
-
-from .jobs import SEGMENTER, stage
+from tests.unit.orchestrator.jobs import SEGMENTER, stage
 
 MODEL = ModelConfig.model_validate(SEGMENTER)
 
