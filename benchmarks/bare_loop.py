@@ -44,8 +44,11 @@ def worker(rank: int, job_file: str, port: str, place: Path) -> None:
         for step, batch in enumerate(loader):
             for group in optimizer.param_groups:
                 group["lr"] = schedule(step)
-            images = batch.images.to(device, non_blocking=True)
-            labels = batch.labels.to(device, non_blocking=True).long()
+            images, labels = batch.images, batch.labels
+            if on_gpu:
+                images, labels = images.pin_memory(), labels.pin_memory()
+            images = images.to(device, non_blocking=True)
+            labels = labels.to(device, non_blocking=True).long()
             with torch.autocast("cuda", torch.bfloat16, enabled=on_gpu):
                 logits = network(images)
             loss = cross_entropy(logits.float(), labels, ignore_index=ignored)
@@ -88,7 +91,7 @@ def make_network(
     network = build_network(stage.model, stage.task, num_classes)
     network.to(device).to(memory_format=torch.channels_last)
     groups = parameter_groups(network, stage.optimizer.weight_decay, {})
-    optimizer = make_optimizer(stage.optimizer, groups, fused=on_gpu)
+    optimizer = make_optimizer(stage.optimizer, groups)
     world = stage.cluster.max_workers
     if world == 1:
         return network, optimizer

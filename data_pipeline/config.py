@@ -2,12 +2,13 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, field_validator, model_validator
 
 from data_pipeline.storage import is_local, join
 
 Side = Annotated[int, Field(ge=1)]
 Crop = Side | tuple[Side, Side]
+_Factor = Annotated[float, Field(gt=0, le=16)]
 OnBadSample = Literal["fail", "skip"]
 
 
@@ -24,7 +25,7 @@ class TrainData(BaseModel):
     dataset: str = Field(description="name of a prepared data set under data_root")
     split: str = Field(default="train", description="of the data set")
     crop: Crop = Field(description="side, or [height, width], of the training crop in pixels")
-    scale: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] | None = Field(
+    scale: tuple[_Factor, _Factor] | None = Field(
         default=None, description="segmentation: range of the random scale; None: [0.5, 2.0]"
     )
     scale_step: Annotated[float, Field(ge=0)] = Field(
@@ -38,6 +39,20 @@ class TrainData(BaseModel):
     block_size: Annotated[int, Field(ge=1)] = Field(
         default=1, description="samples read together; 1: full shuffle (disk), 64-256: object store"
     )
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "TrainData":
+        for name, span in (("scale", self.scale), ("area", self.area)):
+            if span and span[0] > span[1]:
+                raise ValueError(f"{name}: {list(span)} is not [least, most]")
+        if self.scale and self.scale_step:
+            steps = (self.scale[1] - self.scale[0]) / self.scale_step
+            if abs(steps - round(steps)) > 1e-6:
+                raise ValueError(
+                    f"scale: steps of {self.scale_step:g} (scale_step) from {self.scale[0]:g} do "
+                    f"not come to {self.scale[1]:g}; 0 draws any scale"
+                )
+        return self
 
 
 class EvalData(BaseModel):
@@ -138,7 +153,7 @@ class DataConfig(BaseModel):
 
     train: TrainData = Field(description="what is trained on")
     val: EvalData = Field(description="what is evaluated on")
-    threads: Annotated[int, Field(ge=1)] = Field(
+    threads: Annotated[int, Field(ge=1, le=256)] = Field(
         default=4, description="decoding threads of a worker"
     )
     prefetch: Annotated[int, Field(ge=1)] = Field(default=4, description="batches prepared ahead")

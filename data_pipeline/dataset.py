@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import cached_property, partial
 from pathlib import Path, PurePosixPath
 from typing import Literal
@@ -260,8 +261,9 @@ def open_dataset(
                 "--classes ...`; or copy the manifest that was written with them"
             )
         raise DataError(
-            f"{place}: no prepared data set{_listing(root)}. Prepare it with `atrous data prepare` "
-            "(of WebDataset shards: `atrous data index`) or correct dataset, split or data root"
+            f"{place}: no prepared data set{_listing(root, f'{name}/{split}')}. Prepare it with "
+            "`atrous data prepare` (of WebDataset shards: `atrous data index`) or correct dataset, "
+            "split or data root"
         )
     manifest = read_manifest(place)
     return Dataset(manifest, _node_cache(cache, manifest.shard_storage))
@@ -282,10 +284,13 @@ def _node_cache(cache: Cache | Literal[False] | None, storage: Storage) -> NodeC
     return open_cache(Path(directory) if directory else None, cache.size if cache else None)
 
 
-def _listing(root: Place) -> str:
+def _listing(root: Place, wanted: str) -> str:
     storage = open_storage(root)
     if not isinstance(storage, LocalStorage):
         return ""  # listing a bucket may take minutes
     found = sorted(path.parent for path in storage.root.glob(f"*/*/{FILE_NAME}"))
-    names = ", ".join(f"{path.parent.name}/{path.name}" for path in found) or "nothing"
-    return f"; {root} holds {names}"
+    names = [f"{path.parent.name}/{path.name}" for path in found]
+    near = get_close_matches(wanted, names, 1, cutoff=0.7)
+    return (
+        f"; did you mean {near[0]}?" if near else f"; {root} holds {', '.join(names) or 'nothing'}"
+    )

@@ -25,7 +25,12 @@ _BUCKET = re.compile(r"^[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]$")
 _CONNECTIONS = 64
 _PART_BYTES = 64 << 20  # a store limits one PUT to 5 GB, an upload to 10,000 parts
 _BUSY = {"SlowDown", "Throttling", "RequestTimeout", "RequestTimeTooSlow", "BadDigest"}
+_BUSY |= {"ConditionalRequestConflict", "OperationAborted"}  # of conditional writes at once
 _FIRST_WAIT, _LONGEST_WAIT = 0.1, 8.0  # seconds
+
+
+class Changed(DataError):
+    """An object is no longer (or already) what a conditional write expects."""
 
 
 class _Interrupted(Exception):
@@ -104,12 +109,71 @@ class ObjectStore:
         """See `Storage`: a nameless local file, which no kill leaves behind, then PUT."""
         with tempfile.TemporaryFile(prefix="atrous-") as file:
             yield file
-            size = file.seek(0, 2)
-            file.seek(0)
-            if size <= _PART_BYTES:
-                self._send(name, self._client_method("put_object"), self._at(name), file.read())
-            else:
-                self._upload_in_parts(name, file)
+            self.upload(name, file)
+
+    def upload(self, name: str, file: IO[bytes], **condition: str) -> None:
+        """Make an object of a local file, whole or not at all; `condition` as of `put`."""
+        size = file.seek(0, 2)
+        file.seek(0)
+        if size <= _PART_BYTES:
+            self.put(name, file.read(), **condition)
+        else:
+            self._upload_in_parts(name, file, condition)
+
+    def put(self, name: str, data: bytes, **condition: str) -> str:
+        """Write an object in one piece; its ETag. `condition`: IfMatch="ETag", or IfNoneMatch="*".
+
+        Raises:
+            Changed: the condition is not met; by an own write, where its answer was lost.
+        """
+        put = self._client_method("put_object")
+        return self._send(name, put, self._at(name) | condition, data)["ETag"]
+
+    def get(self, name: str, known: str = "") -> tuple[bytes | None, str]:
+        """All of an object and its ETag; no bytes where that is `known`, no ETag where none is."""
+
+        def get() -> tuple[bytes | None, str]:
+            from botocore.exceptions import ClientError
+
+            condition = {"IfNoneMatch": known} if known else {}
+            try:
+                answer = self._client.get_object(**self._at(name), **condition)
+            except ClientError as error:
+                if _code(error) == "NoSuchKey":
+                    return None, ""
+                if _code(error) == "304":
+                    return None, known
+                raise
+            return _body(answer, answer["ContentLength"]), answer["ETag"]
+
+        return self._retry(f"{self.place}/{name}", get)
+
+    def download(self, name: str, size: int, file: IO[bytes]) -> None:
+        """Write the `size` bytes of an object to a local file."""
+        for offset in range(0, size, _PART_BYTES):
+            file.write(self.read(name, offset, min(_PART_BYTES, size - offset)))
+        file.flush()
+
+    def copy(self, name: str, target: str) -> None:
+        """Copy an object, in parts where it is large, without a way through this machine."""
+        source = self._at(name)
+        to = self._at(target)
+        self._retry(f"{self.place}/{target}", lambda: self._client.copy(source, **to))
+
+    def abort_uploads(self, prefix: str) -> None:
+        """Forget uploads in parts that killed writers began: unseen, and paid for."""
+
+        def abort() -> None:
+            base = self._at(prefix)
+            pages = self._client.get_paginator("list_multipart_uploads").paginate(
+                Bucket=self._bucket, Prefix=base["Key"]
+            )
+            for upload in (upload for page in pages for upload in page.get("Uploads", ())):
+                self._client.abort_multipart_upload(
+                    Bucket=self._bucket, Key=upload["Key"], UploadId=upload["UploadId"]
+                )
+
+        self._retry(f"{self.place}/{prefix}*", abort)
 
     def delete(self, name: str) -> None:
         """See `Storage`."""
@@ -117,13 +181,18 @@ class ObjectStore:
 
     def names(self, prefix: str) -> list[str]:
         """See `Storage`."""
+        return [name for name, _ in self.sizes(prefix)]
+
+    def sizes(self, prefix: str) -> list[tuple[str, int]]:
+        """Names of the objects here that begin with `prefix`, and their bytes."""
         base = f"{self._prefix}/" if self._prefix else ""
 
-        def listing() -> list[str]:
+        def listing() -> list[tuple[str, int]]:
             pages = self._client.get_paginator("list_objects_v2").paginate(
                 Bucket=self._bucket, Prefix=base + prefix
             )
-            return [item["Key"][len(base) :] for page in pages for item in page.get("Contents", ())]
+            items = (item for page in pages for item in page.get("Contents", ()))
+            return [(item["Key"][len(base) :], item["Size"]) for item in items]
 
         return self._retry(f"{self.place}/{prefix}*", listing)
 
@@ -172,7 +241,7 @@ class ObjectStore:
             f"{self.place}/{name}", lambda: send(**arguments, Body=data, ContentMD5=digest)
         )
 
-    def _upload_in_parts(self, name: str, file: IO[bytes]) -> None:
+    def _upload_in_parts(self, name: str, file: IO[bytes], condition: dict[str, str]) -> None:
         uri, target = f"{self.place}/{name}", self._at(name)
         upload = self._retry(uri, lambda: self._client.create_multipart_upload(**target))
         target["UploadId"] = upload["UploadId"]
@@ -183,7 +252,7 @@ class ObjectStore:
                 sent = self._send(name, self._client_method("upload_part"), arguments, data)
                 parts.append({"ETag": sent["ETag"], "PartNumber": len(parts) + 1})
             whole, size = {"Parts": parts}, file.tell()
-            self._retry(uri, lambda: self._complete(name, target, whole, size))
+            self._retry(uri, lambda: self._complete(name, target | condition, whole, size))
         except BaseException:
             with suppress(Exception):  # else its parts stay, unseen and paid for
                 self._client.abort_multipart_upload(**target)
@@ -289,6 +358,8 @@ def _refuse_answer(uri: str, error: Any) -> None:
     code, status = _code(error), error.response["ResponseMetadata"].get("HTTPStatusCode", 0)
     if code in _BUSY or status >= 500 or status == 429:
         return
+    if status == 412:
+        raise Changed(f"{uri}: another process wrote it") from None
     if code == "NoSuchBucket":
         raise StorageUnavailable(f"{uri}: there is no such bucket; correct its name") from None
     if status == 404:

@@ -48,9 +48,14 @@ class SyncBatchNorm(nn.BatchNorm2d):
             momentum = 1 / int(self.num_batches_tracked)
         if x.device.type != "cuda":
             return self._elsewhere(x, momentum)
+        return self._on_gpu(x, momentum)
+
+    def _on_gpu(self, x: Tensor, momentum: float) -> Tensor:
         tensors = (self.weight, self.bias, self.running_mean, self.running_var)
         workers = dist.group.WORLD, self.num_workers
-        return _OnGpu.apply(x, *tensors, self.eps, momentum, *workers)
+        # Torch's sums are float32, but of an empty batch of the batch's type: workers would hang.
+        values = x if len(x) else x.float()
+        return _OnGpu.apply(values, *tensors, self.eps, momentum, *workers).to(x.dtype)
 
     def _elsewhere(self, x: Tensor, momentum: float) -> Tensor:
         """What torch has a kernel for on GPUs alone, differentiable, in float32 or better."""

@@ -7,6 +7,7 @@ AtrousError
 ├── RunTakenOver       other workers go on with the run; these must not write any more
 ├── StageFailed        training ended with an error
 ├── StageStopped       training was asked to stop, and wrote a checkpoint
+├── JobStopped         a limit of the job, or somebody, stopped it; the same command goes on
 ├── NonFiniteError     a loss or gradient is not finite
 └── ExportError        a network cannot be exported, or what was written is not the same
 """
@@ -15,9 +16,13 @@ AtrousError
 class AtrousError(Exception):
     """Base of the errors a user can act on: the message says where, what and the cure."""
 
+    exit_code = 1  # of a command that ends with it
+
 
 class JobFileError(AtrousError):
     """A job file is not valid."""
+
+    exit_code = 2
 
 
 class CheckpointError(AtrousError):
@@ -40,7 +45,14 @@ class StageStopped(AtrousError):
     """Training of a stage was asked to stop, and wrote a checkpoint."""
 
     def __init__(self, stage: str, step: int, steps: int, why: str) -> None:
-        super().__init__(f"{stage}: stopped ({why}) at step {step} of {steps}")
+        self.reason = f"stopped ({why}) at step {step} of {steps}"
+        super().__init__(f"{stage}: {self.reason}")
+
+
+class JobStopped(AtrousError):
+    """A limit of a job is reached, or somebody stopped a stage; the same command goes on."""
+
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h: not failed, to be tried again
 
 
 class NonFiniteError(AtrousError):

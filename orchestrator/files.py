@@ -1,18 +1,26 @@
-"""Durable small files: whole or not there, also after a power cut."""
+"""Durable files, on a disk or in a bucket: whole or not there, also after a power cut."""
 
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
+
+from orchestrator.bucket import BucketPath
 
 if TYPE_CHECKING:
     import torch
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON through a temporary file, fsync and rename."""
+    """Write JSON through a temporary file, fsync and rename; in a bucket a PUT is all of that."""
+    if isinstance(path, BucketPath):
+        path.write_text(json.dumps(content, indent=2))
+        return
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("w", encoding="utf-8") as file:
@@ -32,6 +40,15 @@ def read_json(path: Path) -> Any | None:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
+
+
+def append_text(path: Path, text: str) -> None:
+    """Add to a text, for people to read."""
+    if isinstance(path, BucketPath):
+        path.append([text.encode()])
+        return
+    with path.open("a", encoding="utf-8") as file:
+        file.write(text)
 
 
 def save_tensors(path: Path, tensors: Mapping[str, "torch.Tensor"]) -> None:
@@ -64,8 +81,70 @@ def save_object(path: Path, content: Any) -> None:
         os.fsync(file.fileno())
 
 
+@contextmanager
+def staging(place: Path) -> Iterator[Path]:
+    """A new directory of this machine, to write in what then becomes `place`.
+
+    Beside it, so that it takes one rename, or anywhere, where that is in a bucket.
+    """
+    if isinstance(place, BucketPath):
+        with TemporaryDirectory(prefix="atrous-") as directory:
+            yield Path(directory)
+        return
+    temporary = place.with_name(f".{place.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def put_in_place(file: Path, place: Path) -> None:
+    """Give a file of `staging` its name, in the place of what has it."""
+    if isinstance(place, BucketPath):
+        place.upload(file, lambda: None)
+        return
+    os.replace(file, place)
+    sync(place.parent)
+
+
+def local_copy(path: Path, digest: str) -> Path:
+    """The file itself, or a copy of it on this machine where it lies in a bucket.
+
+    Raises:
+        ValueError: the sha256 of what came out of the bucket is not `digest`.
+    """
+    return path.download(digest) if isinstance(path, BucketPath) else path
+
+
+def size_of(path: Path) -> int | None:
+    """Bytes of a file; None where there is none."""
+    if isinstance(path, BucketPath):
+        return path.size()
+    return path.stat().st_size if path.exists() else None
+
+
+def tree_size(path: Path) -> int:
+    """Bytes of all files below."""
+    if isinstance(path, BucketPath):
+        return sum(size for _, size in path.below())
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+
+
+def remove_tree(path: Path) -> None:
+    """Delete all files below."""
+    if not isinstance(path, BucketPath):
+        shutil.rmtree(path)
+        return
+    for one, _ in path.below():
+        one.unlink()
+
+
 def sync(path: Path) -> None:
-    """Force a file's (or directory's) content to disk."""
+    """Force a file's (or directory's) content to disk; what a bucket has taken is there."""
+    if isinstance(path, BucketPath):
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

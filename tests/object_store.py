@@ -1,5 +1,6 @@
 """An S3 server for tests (SeaweedFS), and a proxy before it that breaks what it is told to."""
 
+import atexit
 import ctypes
 import http.client
 import json
@@ -15,8 +16,9 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import count
 from pathlib import Path
@@ -141,7 +143,8 @@ class Proxy:
     """An HTTP proxy before the store; `faults` are done to the next requests whose path matches.
 
     Faults: "slowdown" (503), "error" (500), "reset" and "truncate" (in the middle of the body),
-    "flip" (a bit of the body), "silence" (no answer for two seconds), None (nothing).
+    "flip" (a bit of the body), "lost" (done, but the answer never comes), "silence" (no answer
+    for two seconds), None (nothing).
     """
 
     def __init__(self, backend: int) -> None:
@@ -204,6 +207,9 @@ class _Handler(BaseHTTPRequestHandler):
         answer = connection.getresponse()
         data = answer.read()
         connection.close()
+        if fault == "lost":
+            self._cut()
+            return
         self.send_response_only(answer.status)
         for name, value in answer.getheaders():
             if name.lower() not in ("transfer-encoding", "connection", "content-length"):
@@ -243,11 +249,18 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @pytest.fixture(scope="session")
-def store() -> Iterator[Server]:
+def store() -> Server:
     """One object store for all tests."""
-    with object_store() as server:
-        server.client.create_bucket(Bucket="tests")
-        yield server
+    return _started()
+
+
+@cache  # each module that imports the fixture has one of its own
+def _started() -> Server:
+    running = ExitStack()
+    atexit.register(running.close)
+    server = running.enter_context(object_store())
+    server.client.create_bucket(Bucket="tests")
+    return server
 
 
 @pytest.fixture

@@ -2,12 +2,20 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from orchestrator.cli.data import data
 from orchestrator.cli.runs import commands
+from orchestrator.cli.sweeps import sweep
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from orchestrator.job.config import Job
+    from orchestrator.runs.stop import Signals
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -15,6 +23,7 @@ app = typer.Typer(
     help="Train DeepLabv3+ as one lineage of stages on Ray.",
 )
 app.add_typer(data, name="data")
+app.add_typer(sweep, name="sweep")
 app.add_typer(commands)
 
 
@@ -36,8 +45,11 @@ def run(
     force: Annotated[
         bool, typer.Option("--force", help="Run again what is done; the earlier run is kept.")
     ] = False,
+    attach: Annotated[
+        bool, typer.Option("--attach", help="Where another command runs it, wait for its result.")
+    ] = False,
 ) -> None:
-    """Run a stage or a pipeline; what was done before is found and not done again."""
+    """Run a stage, pipeline or sweep; what was done before is found and not done again."""
     from rich.console import Console
 
     from orchestrator.job.job_file import load_job
@@ -45,15 +57,16 @@ def run(
 
     job = select(load_job(job_file, tuple(override or ())), only or (), start_at)
     console = Console(width=None if sys.stdout.isatty() else 160)
-    from orchestrator.launch.report import Display, job_warnings, result_table, show_log, summary
+    from orchestrator.launch.report import job_warnings, show_log, summary
 
     if dry_run:
         console.print(summary(job))
         for line in job_warnings(job):
             console.print(line, style="yellow", soft_wrap=True, markup=False, highlight=False)
         return
-    from orchestrator.launch.pipeline import run_job
-    from orchestrator.launch.preflight import finding_lines, preflight
+    from orchestrator.errors import JobStopped
+    from orchestrator.launch.plan_view import finding_lines
+    from orchestrator.launch.preflight import preflight
     from orchestrator.runs.stop import Interrupted, Signals
 
     report = preflight(job)
@@ -66,13 +79,39 @@ def run(
     signals = Signals()
     signals.listen()
     try:
-        with Display(console) as display:
-            results = run_job(job, display, signals, force=force)
+        options = {"force": force, "overrides": tuple(override or ())}
+        parts = _carry_out(job, console, signals, attach=attach, **options)
+    except JobStopped as stop:
+        typer.echo(f"{stop}\nthe same command, with a larger limit, goes on from there", err=True)
+        raise typer.Exit(stop.exit_code) from None
     except Interrupted as signal:
         typer.echo(f"{signal}: the same command goes on from the last checkpoint", err=True)
         raise typer.Exit(128 + signal.number) from None
-    for part in result_table(results, Path(job.storage)):
+    for part in parts:
         console.print(part, soft_wrap=isinstance(part, str), markup=False, highlight=False)
+
+
+def _carry_out(
+    job: "Job", console: "Console", signals: "Signals", *, attach: bool, **options: Any
+) -> "list[Table | str]":
+    """Run a job of any kind; the table at its end."""
+    from orchestrator.job.sweep import SweepJob
+
+    if isinstance(job, SweepJob):
+        from orchestrator.sweep.report import final_table
+        from orchestrator.sweep.sweep import run_sweep
+
+        if attach:
+            raise typer.BadParameter("--attach: not for sweeps; atrous wait waits for a trial")
+        sweep = run_sweep(job, console, signals, **options)
+        return final_table(sweep, job)
+    from orchestrator.bucket import storage_path
+    from orchestrator.launch.pipeline import run_job
+    from orchestrator.launch.report import Display, result_table
+
+    with Display(console) as display:
+        results = run_job(job, display, signals, attach=attach, **options)
+    return result_table(results, storage_path(job.storage))
 
 
 @app.command()
@@ -130,7 +169,9 @@ def import_(
 
 @app.command()
 def export(
-    checkpoint: Annotated[str, typer.Argument(help="A checkpoint or a run directory.")],
+    checkpoint: Annotated[
+        str, typer.Argument(help="A checkpoint, run directory, models:/NAME@best.")
+    ],
     out: Annotated[Path, typer.Argument(help="NAME.onnx or NAME.pt2 (torch.export).")],
     output_stride: Annotated[
         int | None, typer.Option(help="8, 16 or 32; default: the one it was trained with.")
@@ -147,7 +188,9 @@ def export(
 
 @app.command()
 def predict(
-    checkpoint: Annotated[str, typer.Argument(help="A checkpoint or run directory.")],
+    checkpoint: Annotated[
+        str, typer.Argument(help="A checkpoint, run directory, models:/NAME@best.")
+    ],
     images: Annotated[
         list[str], typer.Argument(help="Files, directories, patterns, s3://bucket/prefix.")
     ],
@@ -207,13 +250,13 @@ def main() -> None:
     if arguments and arguments[0].endswith((".yaml", ".yml")):
         arguments.insert(0, "run")
     from data_pipeline.errors import DataError
-    from orchestrator.errors import AtrousError, JobFileError
+    from orchestrator.errors import AtrousError
 
     try:
         app(arguments, prog_name="atrous")
     except (AtrousError, DataError) as error:
         typer.secho(f"error: {error}", err=True, fg=typer.colors.RED)
-        sys.exit(2 if isinstance(error, JobFileError) else 1)
+        sys.exit(getattr(error, "exit_code", 1))
     except KeyboardInterrupt:
         typer.echo("interrupted; the same command goes on from the last checkpoint", err=True)
         sys.exit(130)

@@ -4,7 +4,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,19 +13,25 @@ if TYPE_CHECKING:
 
 commands = typer.Typer()
 
-Storage = Annotated[Path | None, typer.Option(help="Default: $ATROUS_STORAGE, else ~/atrous.")]
+Storage = Annotated[
+    str | None,
+    typer.Option(help="Directory or s3://bucket/prefix; default: $ATROUS_STORAGE, else ~/atrous."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Target = Annotated[
-    str, typer.Argument(help="A stage (its newest run), run directory or its name, MLflow run id.")
+    str, typer.Argument(help="A stage or pipeline (its newest run), run directory, MLflow run id.")
 ]
 
 
-def _place(storage: Path | None) -> Path:
-    place = storage or Path(os.environ.get("ATROUS_STORAGE") or "~/atrous")
-    return place.expanduser().absolute()
+def storage_place(storage: str | None) -> Path:
+    """The storage that an option names, or the default one."""
+    from orchestrator.bucket import storage_path
+
+    return storage_path(storage or os.environ.get("ATROUS_STORAGE") or "~/atrous")
 
 
-def _console() -> "Console":
+def make_console() -> "Console":
+    """A console for tables: wide where it is no terminal."""
     from rich.console import Console
 
     return Console(width=None if sys.stdout.isatty() else 200)
@@ -64,13 +70,23 @@ def plan(
     why: Annotated[
         bool, typer.Option("--why", help="Also tell what changed since each stage last ran.")
     ] = False,
+    resolved: Annotated[
+        bool, typer.Option("--resolved", help="Also print the job with all its values.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Check a job and tell what it will take; exit status 1 where it cannot run."""
     from dataclasses import asdict
 
     from orchestrator.job.job_file import load_job
-    from orchestrator.launch.preflight import basis_lines, finding_lines, plan_table, preflight
+    from orchestrator.launch.budget import limit_lines
+    from orchestrator.launch.plan_view import (
+        as_yaml,
+        explaining_lines,
+        finding_lines,
+        plan_tables,
+    )
+    from orchestrator.launch.preflight import preflight
 
     job = load_job(job_file, tuple(override or ()))
     if address is not None:
@@ -79,10 +95,13 @@ def plan(
     if as_json:
         typer.echo(json.dumps(asdict(report) | {"job": job.model_dump(mode="json")}, indent=1))
     else:
-        console = _console()
-        console.print(plan_table(job, report))
-        for line in basis_lines(report):
-            console.print(line, highlight=False, soft_wrap=True)
+        console = make_console()
+        if resolved:
+            typer.echo(as_yaml(job))
+        for table in plan_tables(job, report):
+            console.print(table)
+        for line in (*explaining_lines(job, report), *limit_lines(job, report)):
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
         for name, changes in report.changes.items() if why else ():
             console.print(f"{name}: " + "\n".join(changes or ["never ran"]), highlight=False)
         for line, style in finding_lines(report.findings):
@@ -105,6 +124,9 @@ def submit(
     kuberay: Annotated[
         bool, typer.Option("--kuberay", help="Print a RayJob manifest instead.")
     ] = False,
+    apply: Annotated[
+        bool, typer.Option("--apply", help="--kuberay: and hand it to kubectl apply.")
+    ] = False,
     package: Annotated[
         str | None, typer.Option(help="--kuberay: s3://bucket/prefix for the packed project.")
     ] = None,
@@ -119,13 +141,24 @@ def submit(
     if kuberay:
         if package is None:
             raise typer.BadParameter("--kuberay needs --package s3://bucket/prefix")
-        uri = submitting.upload(submission, package, lambda line: typer.echo(line, err=True))
-        typer.echo(submitting.kuberay_manifest(submission, uri, image))
+        if apply:
+            submitting.kubectl()  # before anything is uploaded
+        packed, uri = submitting.upload(
+            submission, package, lambda line: typer.echo(line, err=True)
+        )
+        manifest = submitting.kuberay_manifest(packed, uri, image)
+        typer.echo(submitting.apply(manifest) if apply else manifest)
         return
+    if apply or package is not None:
+        raise typer.BadParameter("--apply and --package go together with --kuberay")
     client, job_id = submitting.submit(submission, address, typer.echo)
     typer.echo(f"submitted: {job_id}")
     if follow:
-        raise typer.Exit(submitting.follow(client, job_id, typer.echo))
+        try:
+            raise typer.Exit(submitting.follow(client, job_id, typer.echo))
+        except KeyboardInterrupt:
+            typer.echo(f"{job_id} goes on without you; to stop it: ray job stop {job_id}", err=True)
+            raise typer.Exit(130) from None
     typer.echo(f"its log: ray job logs {job_id} --follow")
 
 
@@ -141,7 +174,7 @@ def lineage(
     """Print the chain of a checkpoint back to raw data, with digests and metrics."""
     from orchestrator.runs.lineage import as_dot, as_lines, as_records, find_checkpoint, trace
 
-    link = trace(find_checkpoint(target, _place(storage)))
+    link = trace(find_checkpoint(target, storage_place(storage)))
     if as_json:
         typer.echo(json.dumps(as_records(link), indent=1))
     else:
@@ -161,15 +194,16 @@ def runs(
     """List runs, newest or best first."""
     from orchestrator.runs import overview
 
-    found = overview.overviews(_place(storage), stage)
+    found = overview.overviews(storage_place(storage), stage)
     if best is not None:
         found = overview.best_first(found, best)
     if as_json:
+        overview.read_ahead(found[:limit], "state", "journal", "bill")
         typer.echo(json.dumps([overview.as_json(one) for one in found[:limit]], indent=1))
     elif found:
-        _console().print(overview.runs_table(found[:limit], best))
+        make_console().print(overview.runs_table(found[:limit], best))
     else:
-        typer.echo(f"no runs under {_place(storage)}")
+        typer.echo(f"no runs under {storage_place(storage)}")
 
 
 @commands.command()
@@ -177,14 +211,26 @@ def status(target: Target, storage: Storage = None, as_json: AsJson = False) -> 
     """Tell how a run stands, from its directory alone."""
     from orchestrator.runs import overview
 
-    one = overview.find_run(target, _place(storage))
+    place = storage_place(storage)
+    one = overview.find_run(target, place)
     if as_json:
-        typer.echo(json.dumps(overview.as_json(one), indent=1))
+        record = overview.pipeline_as_json(one, place) if one.stages else overview.as_json(one)
+        typer.echo(json.dumps(record, indent=1))
         return
-    _console().print(overview.runs_table([one]))
-    for field in ("error", "checkpoint", "digest"):
+    make_console().print(overview.runs_table(overview.members(one, place) if one.stages else [one]))
+    if one.stages:
+        typer.echo(f"{one.run.path.name}: {one.state}")
+    for field in ("error", "reason", "checkpoint", "digest", "overrides", "code"):
         if one.record.get(field):
-            typer.echo(f"{field}: {one.record[field]}")
+            typer.echo(f"{field}: {_text(one.record[field])}")
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list):
+        return " ".join(map(str, value))
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {item}" for name, item in value.items() if item is not None)
+    return str(value)
 
 
 @commands.command()
@@ -193,12 +239,15 @@ def wait(
     timeout: Annotated[float | None, typer.Option(help="Seconds; default: without end.")] = None,
     storage: Storage = None,
 ) -> None:
-    """Wait until a run ended; exit status 0 only when it finished."""
+    """Wait until a run ended; exit status 0 only when it finished, 75 when it was stopped."""
+    from orchestrator.errors import JobStopped
     from orchestrator.runs import overview
 
-    one = overview.wait(target, _place(storage), timeout, typer.echo)
-    typer.echo(f"{one.run.path.name}: {one.state}: {one.record.get('error') or one.score}")
-    raise typer.Exit(0 if one.state == "finished" else 1)
+    one = overview.wait(target, storage_place(storage), timeout, typer.echo)
+    why = one.record.get("error") or one.record.get("reason")
+    why = why or (one.progress if one.stages else one.score)
+    typer.echo(f"{one.run.path.name}: {one.state}: {why}")
+    raise typer.Exit({"finished": 0, "stopped": JobStopped.exit_code}.get(one.state, 1))
 
 
 @commands.command()
@@ -207,7 +256,7 @@ def stop(target: Target, storage: Storage = None) -> None:
     from orchestrator.runs import overview
     from orchestrator.runs.stop import ask_to_stop
 
-    one = overview.find_run(target, _place(storage))
+    one = overview.find_run(target, storage_place(storage))
     if one.state != "running":
         typer.echo(f"{one.run.path.name}: is {one.state}, there is nothing to stop")
         raise typer.Exit(1)
@@ -226,7 +275,7 @@ def gc(
     """Find runs and checkpoints that nobody needs any more."""
     from orchestrator.runs import garbage
 
-    found = garbage.find_garbage(_place(storage), older_than)
+    found = garbage.find_garbage(storage_place(storage), older_than)
     for one in found:
         typer.echo(f"{one.path}: {one.bytes / 2**20:.1f} MiB: {one.why}")
         if delete:
@@ -248,8 +297,8 @@ def compare(
     """Show in which parameters runs differ, and their metrics."""
     from orchestrator.runs import overview
 
-    found = [overview.find_run(target, _place(storage)) for target in targets]
-    _console().print(overview.compare(found))
+    found = [overview.find_run(target, storage_place(storage)) for target in targets]
+    make_console().print(overview.compare(found))
     if out is not None:
         overview.draw(found, metric or ["train/loss", found[0].headline], out)
         typer.echo(f"drawn: {out}")

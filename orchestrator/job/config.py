@@ -2,13 +2,14 @@
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
 from data_pipeline.config import DataConfig, Shards
-from data_pipeline.storage import is_local, open_storage
+from data_pipeline.storage import is_local, join, open_storage
 from model.config import ModelConfig, Task
 from orchestrator.job.duration import Duration
 from orchestrator.job.sections import (
@@ -16,6 +17,7 @@ from orchestrator.job.sections import (
     Cluster,
     Ema,
     Evaluate,
+    Limits,
     Loss,
     Optimizer,
     Schedule,
@@ -38,14 +40,20 @@ def _substitute(text: str) -> str:
             raise ValueError(f"the environment variable {name} is not set; export {name}=/a/path")
         return found
 
-    return _VARIABLE.sub(value, text)
+    expanded = _VARIABLE.sub(value, text)
+    if not expanded.strip():
+        raise ValueError("is empty; name a directory")
+    if "$" in expanded:
+        raise ValueError("$ begins a variable's name: write ${NAME}, or ${NAME:-/a/default}")
+    return expanded
 
 
 def _expand_path(text: str) -> str:
     expanded = _substitute(text)
-    if "://" in expanded:
-        raise ValueError("only local (or shared, mounted) directories are supported so far")
-    return str(Path(expanded).expanduser().absolute())
+    try:
+        return str(Path(expanded).expanduser().absolute())
+    except RuntimeError as error:  # ~somebody who has no home
+        raise ValueError(f"{error} Write the whole path") from None
 
 
 def _expand_place(text: str) -> str:
@@ -56,28 +64,69 @@ def _expand_place(text: str) -> str:
     return expanded
 
 
-LocalPath = Annotated[str, AfterValidator(_expand_path)]
 LocalOrBucket = Annotated[str, AfterValidator(_expand_place)]
 
 
+class Prepared(Section):
+    """A data set that a job prepares before its first stage, once."""
+
+    format: Literal["imagenet", "multilabel", "coco", "voc", "cityscapes", "folder", "shards"] = (
+        Field(description="original layout of the source; shards: WebDataset's, read in place")
+    )
+    source: LocalOrBucket | None = Field(
+        default=None,
+        description="directory or s3://bucket/prefix in the original layout, unpacked or in its "
+        "archives",
+    )
+    synthesize: dict[str, Any] | None = Field(
+        default=None, description="draw the source instead: options of `atrous data synthesize`"
+    )
+    shards: Shards | None = Field(
+        default=None, description="format shards: which they are and what their samples consist of"
+    )
+    splits: tuple[str, ...] | None = Field(
+        default=None, description="only these; null: all of the layout"
+    )
+    limit: Annotated[int, Field(ge=1)] | None = Field(
+        default=None, description="at most so many samples of each split (a seeded choice)"
+    )
+    on_broken: Literal["fail", "skip"] = Field(
+        default="fail", description="input that cannot be read; skip: left out and counted"
+    )
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "Prepared":
+        if (self.source is None) == (self.synthesize is None):
+            raise ValueError("give exactly one of source and synthesize")
+        if (self.format == "shards") != (self.shards is not None):
+            raise ValueError("format: shards goes together with the section shards")
+        if self.shards and (self.synthesize or self.limit or self.splits):
+            raise ValueError("format: shards takes all of its shards.splits: no splits, no limit")
+        return self
+
+
 class _Places(Section):
-    storage: LocalPath = Field(
+    storage: LocalOrBucket = Field(
         default="${ATROUS_STORAGE:-~/atrous}",
         validate_default=True,
-        description="directory of runs, checkpoints and the embedded MLflow; shared by all nodes",
+        description="directory shared by all nodes, or s3://bucket/prefix, of runs and checkpoints",
     )
     data_root: LocalOrBucket | None = Field(
         default=None,
         description="directory or s3://bucket/prefix of prepared data sets; None: <storage>/data",
     )
+    datasets: dict[Name, Prepared] = Field(
+        default={},
+        description="data sets to prepare (or shards to index) before the first stage, by name",
+    )
 
     @property
     def data_directory(self) -> str:
         """Where prepared data sets lie: a path, or s3://bucket/prefix."""
-        return self.data_root or str(Path(self.storage) / "data")
+        return self.data_root or join(self.storage, "data")
 
 
-class StageSettings(Section):
+class StageSettings(Limits):
     """One training run of one task on one data set from one starting point."""
 
     name: Name = Field(description="of the stage; later stages start from it by this name")
@@ -151,12 +200,26 @@ class StageSettings(Section):
         return self
 
     @model_validator(mode="after")
+    def _has_a_price(self) -> "StageSettings":
+        _check_price(self, (self,))
+        return self
+
+    @model_validator(mode="after")
     def _of_segmentation(self) -> "StageSettings":
         if self.task != "segmentation":
             for field, value, default in (
                 ("evaluate.scales", self.evaluate.scales, (1.0,)),
                 ("evaluate.flip", self.evaluate.flip, False),
                 ("loss.hard_pixels", self.loss.hard_pixels, None),
+                ("data.train.scale_step", self.data.train.scale_step, 0.25),
+                *(
+                    (
+                        f"model.{name}",
+                        getattr(self.model, name),
+                        ModelConfig.model_fields[name].default,
+                    )
+                    for name in ("aspp_channels", "image_level_features", "separable", "decoder")
+                ),
             ):
                 if value != default:
                     raise ValueError(f"{field} is for segmentation; {self.task} has none")
@@ -170,6 +233,17 @@ class StageSettings(Section):
         return self.steps if self.steps is not None else f"{self.epochs:g} epochs"
 
 
+def _check_price(limits: Limits, stages: Sequence[StageSettings]) -> None:
+    if limits.max_cost is None:
+        return
+    with_gpus = [stage for stage in stages if stage.cluster.gpus_per_worker]
+    if not with_gpus:
+        raise ValueError("max_cost is for GPUs, of which nothing takes any; give max_hours")
+    free = [stage.name for stage in with_gpus if stage.cluster.price_per_gpu_hour is None]
+    if free:
+        raise ValueError(f"max_cost needs cluster.price_per_gpu_hour, missing in {', '.join(free)}")
+
+
 class StageJob(_Places, StageSettings):
     """A job file of `kind: stage`."""
 
@@ -178,56 +252,20 @@ class StageJob(_Places, StageSettings):
     @property
     def settings(self) -> StageSettings:
         """The stage alone, without the places of this machine."""
-        return StageSettings(**{name: getattr(self, name) for name in StageSettings.model_fields})
+        given = self.model_fields_set & StageSettings.model_fields.keys()
+        return StageSettings(**{name: getattr(self, name) for name in given})
+
+    @property
+    def stages(self) -> tuple[StageSettings, ...]:
+        """The one stage, as a pipeline has several."""
+        return (self.settings,)
 
 
-class Prepared(Section):
-    """A data set that a pipeline prepares before its first stage, once."""
-
-    format: Literal["imagenet", "multilabel", "coco", "voc", "cityscapes", "folder", "shards"] = (
-        Field(description="original layout of the source; shards: WebDataset's, read in place")
-    )
-    source: LocalOrBucket | None = Field(
-        default=None,
-        description="directory or s3://bucket/prefix in the original layout, unpacked or in its "
-        "archives",
-    )
-    synthesize: dict[str, Any] | None = Field(
-        default=None, description="draw the source instead: options of `atrous data synthesize`"
-    )
-    shards: Shards | None = Field(
-        default=None, description="format shards: which they are and what their samples consist of"
-    )
-    splits: tuple[str, ...] | None = Field(
-        default=None, description="only these; null: all of the layout"
-    )
-    limit: Annotated[int, Field(ge=1)] | None = Field(
-        default=None, description="at most so many samples of each split (a seeded choice)"
-    )
-    on_broken: Literal["fail", "skip"] = Field(
-        default="fail", description="input that cannot be read; skip: left out and counted"
-    )
-
-    @model_validator(mode="after")
-    def _one_source(self) -> "Prepared":
-        if (self.source is None) == (self.synthesize is None):
-            raise ValueError("give exactly one of source and synthesize")
-        if (self.format == "shards") != (self.shards is not None):
-            raise ValueError("format: shards goes together with the section shards")
-        if self.shards and (self.synthesize or self.limit or self.splits):
-            raise ValueError("format: shards takes all of its shards.splits: no splits, no limit")
-        return self
-
-
-class PipelineJob(_Places):
+class PipelineJob(_Places, Limits):
     """A job file of `kind: pipeline`: a DAG of stages, linked by their start_from."""
 
     kind: Literal["pipeline"] = Field(description="stages as a DAG")
     name: Name = Field(description="of the pipeline")
-    datasets: dict[Name, Prepared] = Field(
-        default={},
-        description="data sets to prepare before the first stage, by name",
-    )
     stages: tuple[StageSettings, ...] = Field(
         description="stages, each written out or the name of its job file"
     )
@@ -259,6 +297,11 @@ class PipelineJob(_Places):
             for stage in ready:
                 del waiting[stage.name]
         return ordered
+
+    @model_validator(mode="after")
+    def _has_a_price(self) -> "PipelineJob":
+        _check_price(self, self.stages)
+        return self
 
     @model_validator(mode="after")
     def _best_is_kept(self) -> "PipelineJob":

@@ -33,8 +33,8 @@ def is_time(step: int, every: int, last: int) -> bool:
 
 
 def as_time(seconds: float) -> str:
-    """Such as 42 s, 3.5 min, 7.1 h, 2.0 d."""
-    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+    """Such as 42 s, 3.5 min, 7.1 h, 2.0 d, 3.0 years."""
+    for size, unit in ((365 * 86400, "years"), (86400, "d"), (3600, "h"), (60, "min")):
         if seconds >= 2 * size:
             return f"{seconds / size:.1f} {unit}"
     return f"{seconds:.0f} s"

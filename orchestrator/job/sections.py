@@ -1,8 +1,9 @@
 """The sections of a stage in a job file. Unknown keys are errors."""
 
+from datetime import datetime
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from model.config import OutputStride
 from orchestrator.job.duration import Duration
@@ -11,15 +12,25 @@ from orchestrator.job.duration import Duration
 class Section(BaseModel):
     """A part of a job file: frozen, and every key of it known."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+def _reachable(place: str) -> str:
+    scheme, separator, _ = place.partition("://")
+    if separator and scheme != "s3":
+        raise ValueError(f"{scheme}:// is not read; download it and name the file")
+    if not place.strip():
+        raise ValueError("is empty; leave start_from out to train from scratch")
+    return place
 
 
 class StartFrom(Section):
     """Where a stage's weights come from, and how much of them is taken."""
 
-    checkpoint: str = Field(
-        description="name of an earlier stage; path (with a /) of a checkpoint; a file of weights, "
-        ".safetensors or .pth; timm:NAME, weights of timm; tf:PATH, a TensorFlow DeepLab checkpoint"
+    checkpoint: Annotated[str, AfterValidator(_reachable)] = Field(
+        description="name of an earlier stage; path (with a /) or s3:// of a checkpoint; MLflow's "
+        "models:/NAME@best, models:/NAME/3, runs:/ID; a file of weights, .safetensors or .pth; "
+        "timm:NAME, weights of timm; tf:PATH, a TensorFlow DeepLab checkpoint"
     )
     take: Literal["backbone", "network"] | None = Field(
         default=None,
@@ -164,12 +175,15 @@ class Loss(Section):
     )
 
 
+_ImageScale = Annotated[float, Field(ge=0.1, le=4)]
+
+
 class Evaluate(Section):
     """When and how the validation split is evaluated; the last step always is."""
 
     every: Duration = Field(default="1 epochs", description="time between evaluations")
     output_stride: OutputStride | None = Field(default=None, description="None: the model's")
-    scales: Annotated[tuple[Annotated[float, Field(gt=0, le=4)], ...], Field(min_length=1)] = Field(
+    scales: Annotated[tuple[_ImageScale, ...], Field(min_length=1)] = Field(
         default=(1.0,),
         description="segmentation: class probabilities are averaged over the image at these scales",
     )
@@ -195,6 +209,29 @@ class Checkpoints(Section):
         default=3,
         description="how often a run goes back to its last checkpoint after a loss or gradient "
         "that is not finite, and passes over the steps since, before it fails",
+    )
+
+
+def _with_zone(value: datetime) -> datetime:
+    if value.tzinfo is None:
+        raise ValueError("needs its time zone, such as 2026-12-01T08:00:00+01:00, or Z for UTC")
+    return value
+
+
+class Limits(Section):
+    """What a job, or a stage of it, may take; none of it changes what comes out."""
+
+    max_hours: Annotated[float, Field(gt=0)] | None = Field(
+        default=None,
+        description="hours in which any of it ran, all commands together; then it stops after a "
+        "checkpoint, and goes on with a larger number",
+    )
+    max_cost: Annotated[float, Field(gt=0)] | None = Field(
+        default=None,
+        description="money at cluster.price_per_gpu_hour, counted and answered as max_hours is",
+    )
+    deadline: Annotated[datetime, AfterValidator(_with_zone)] | None = Field(
+        default=None, description="date and time, with its zone, at which it stops as at max_hours"
     )
 
 
@@ -236,4 +273,10 @@ class Cluster(Section):
     def _ordered(self) -> "Cluster":
         if self.min_workers > self.max_workers:
             raise ValueError(f"workers: {list(self.workers)} is not [min, max]")  # type: ignore[arg-type]
+        shared = self.gpus_per_worker % 1 > 0 and self.max_workers > 1
+        if self.gpus_per_worker > 1 or shared:
+            raise ValueError(
+                f"gpus_per_worker: {self.gpus_per_worker:g}: a worker computes on one GPU, and "
+                "workers of one stage cannot share one (NCCL); take 1"
+            )
         return self

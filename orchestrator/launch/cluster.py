@@ -33,8 +33,9 @@ class Resources:
         return self.cpus >= other.cpus and self.gpus >= other.gpus
 
     def __str__(self) -> str:
-        gpus = f" and {self.gpus:g} GPUs" if self.gpus else ""
-        return f"{self.cpus:g} CPUs{gpus}"
+        kinds = (("CPU", self.cpus), ("GPU", self.gpus))
+        parts = [f"{there:g} {kind}{'s' * (there != 1)}" for kind, there in kinds if there]
+        return " and ".join(parts) or "nothing"
 
 
 def needed(cluster: Cluster) -> Resources:

@@ -15,18 +15,7 @@ _LITTLE = 0.005  # share of the time below which a cause is not named
 
 def as_cost(bill: Bill) -> str:
     """GPU-hours, or CPU-hours where no GPU was used, and money where there is a price."""
-    hours = _hours(bill)
-    return hours if bill.money is None else f"{hours}, {bill.money:.2f} to pay"
-
-
-def _hours(bill: Bill) -> str:
-    if bill.gpu_seconds:
-        return f"{_few_digits(bill.gpu_seconds / 3600)} GPU-hours"
-    return f"{_few_digits(bill.cpu_seconds / 3600)} CPU-hours"
-
-
-def _few_digits(hours: float) -> str:
-    return f"{hours:.3f}" if hours < 1 else f"{hours:.1f}" if hours < 1000 else f"{hours:.0f}"
+    return bill.used if bill.money is None else f"{bill.used}, {bill.paid} to pay"
 
 
 def in_brief(bill: Bill) -> str:
@@ -62,8 +51,8 @@ def _cells(bill: Bill) -> tuple[str, ...]:
     causes = [(cause, share) for cause, share in bill.causes[:_NAMED] if share > _LITTLE]
     return (
         as_time(bill.wall),
-        _hours(bill),
-        "-" if bill.money is None else f"{bill.money:.2f}",
+        bill.used,
+        bill.paid,
         f"{bill.goodput:.0%}",
         ", ".join(f"{cause} {share:.0%}" for cause, share in causes),
     )

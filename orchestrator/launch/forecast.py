@@ -1,15 +1,16 @@
 """What a stage will take: memory of a worker, hours and money, reckoned before it runs."""
 
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from data_pipeline.config import as_size
 from orchestrator.job.config import StageSettings
-from orchestrator.job.duration import to_steps
+from orchestrator.job.duration import as_time, to_steps
 from orchestrator.runs.run import Run, read_journal
-from orchestrator.training.optimizer import moments
+from orchestrator.training.optimizer import base_rate, moments
 
 if TYPE_CHECKING:
     from model.build import Network
@@ -27,6 +28,7 @@ class Gpu:
 GPUS = (
     Gpu("H200", 4800, 141),
     Gpu("H100", 3350, 80),
+    Gpu("A100-80G", 2039, 80),
     Gpu("A100", 1555, 40),
     Gpu("4090", 1008, 24),
     Gpu("3090", 936, 24),
@@ -35,11 +37,18 @@ GPUS = (
     Gpu("T4", 320, 16),
     Gpu("L4", 300, 24),
 )
-_REFERENCE = GPUS[2]
+_REFERENCE = GPUS[3]
 # timm's benchmark-train-amp-nhwc-pt112-cu113-rtx3090.csv: Xception-65 trains at 281 images of 299
 # (3 x 13.9 G Multiply-Adds) a second. Depthwise convolutions make it a matter of
 # memory, so other GPUs are reckoned by their bandwidth.
 _MACS_PER_GB = 3 * 13.9e9 * 281 / 936
+# Kernels of some microseconds for some hundred layers, forward and backward, and the exchange of
+# statistics and gradients: that does not shrink with the images of a worker. A guess.
+_LEAST_STEP = 0.05  # seconds, on a GPU
+_SHAPE = ("backbone", "width", "middle_units")
+_FULL = 0.9  # share of a device's memory
+_MUCH_EVALUATION = 0.5  # share of the hours
+_VERY_LONG = 90 * 24  # hours
 _CPU_SHARE = 0.5  # of a matrix product's speed
 
 
@@ -51,20 +60,32 @@ class Device:
     macs_per_second: float
     basis: str
     bytes: int | None = None
+    least_step: float = 0.0  # seconds
+
+
+class Cost(NamedTuple):
+    """Of a stage."""
+
+    hours: float
+    gpu_hours: float
+    money: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Forecast:
-    """The cost of a stage on its least number of workers."""
+    """The cost of a stage on its least workers, and on its most."""
 
     stage: str
     steps: int
     epochs: float
+    rate: float  # highest learning rate
     workers: int
     device: Device
     hours: float
     gpu_hours: float
     money: float | None
+    on_most: Cost
+    evaluation: float  # share of the hours
     memory: int  # bytes of a worker's device
     checkpoint: int  # bytes
 
@@ -77,59 +98,34 @@ class Data(NamedTuple):
     class_names: tuple[str, ...]
 
 
-class Size(NamedTuple):
-    """Of a published split."""
-
-    samples: int
-    classes: int
-
-
-# COCO's is before images without a large object of VOC's classes are left out.
-_PUBLISHED = {
-    ("imagenet", "train"): Size(1_281_167, 1000),
-    ("imagenet", "val"): Size(50_000, 1000),
-    ("coco", "train"): Size(118_287, 21),
-    ("coco", "val"): Size(5_000, 21),
-    ("voc", "train"): Size(1_464, 21),
-    ("voc", "val"): Size(1_449, 21),
-    ("voc", "trainaug"): Size(10_582, 21),
-    ("voc", "trainval"): Size(2_913, 21),
-    ("cityscapes", "train"): Size(2_975, 19),
-    ("cityscapes", "val"): Size(500, 19),
-    ("cityscapes", "trainval"): Size(3_475, 19),
-    ("cityscapes", "train_extra"): Size(19_998, 19),
-    ("cityscapes", "trainval_coarse"): Size(23_473, 19),
-}
-
-
-def published_size(layout: str, split: str) -> Size | None:
-    """The size of a split as published, for a data set that is not prepared yet."""
-    return _PUBLISHED.get((layout, split))
-
-
 def find_device(gpus_per_worker: float, gpu_names: Sequence[str] = ()) -> Device:
     """The device of a worker: of a cluster's accelerator names, this machine's, or a guess."""
     import torch
 
     if not gpus_per_worker:
-        basis = f"{_CPU_SHARE:g} of a matrix product's speed on this machine"
-        return Device(name="CPU", macs_per_second=_CPU_SHARE * _cpu_peak(), basis=basis)
+        return Device(
+            name="this machine",
+            macs_per_second=_CPU_SHARE * _cpu_peak(),
+            basis=f"at {_CPU_SHARE:g} of a matrix product's speed on this machine's CPUs",
+            bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        )
     size = None
     if not gpu_names and torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
         gpu_names, size = (properties.name,), properties.total_memory
     found = [gpu for gpu in GPUS if any(gpu.name in name.upper() for name in gpu_names)]
     gpu = found[0] if found else _REFERENCE
+    guess = "" if found else ", as no GPU is known here"
     basis = (
-        f"timm's speed of Xception-65 on an RTX 3090, by memory bandwidth ({gpu.bandwidth} GB/s)"
+        f"on an {gpu.name} ({gpu.gibibytes:g} GiB{guess}), by timm's speed of Xception-65 on an "
+        f"RTX 3090 and memory bandwidth, and no less than {_LEAST_STEP * 1000:g} ms a step"
     )
-    if not found:
-        basis = f"no GPU is known here, so for an {gpu.name}; {basis}"
     return Device(
         name=gpu.name,
         macs_per_second=_MACS_PER_GB * gpu.bandwidth,
         basis=basis,
         bytes=size or int(gpu.gibibytes * 2**30),
+        least_step=_LEAST_STEP,
     )
 
 
@@ -157,32 +153,79 @@ def forecast(
     from model.complexity import complexity
     from orchestrator.training.ledger import PASSES
 
-    workers = max(1, stage.cluster.min_workers)
     size = as_size(stage.data.train.crop)
     counted = complexity(stage.model, stage.task, len(data.class_names), size)
     crop_macs = counted.multiply_adds
     device = _from_earlier(stage, crop_macs, device, runs)
     every = to_steps(stage.evaluate.every, data.train // stage.global_batch)
-    views = sum(scale**2 for scale in stage.evaluate.scales) * (1 + stage.evaluate.flip)
-    images = PASSES * steps * stage.global_batch + math.ceil(steps / every) * data.val * views
-    # Two processes on one machine's CPUs share its speed.
-    together = workers if stage.cluster.gpus_per_worker else 1
-    hours = images * crop_macs / (device.macs_per_second * together) / 3600
-    gpu_hours = hours * workers * stage.cluster.gpus_per_worker
-    price = stage.cluster.price_per_gpu_hour
+    training = PASSES * steps * stage.global_batch * crop_macs
+    evaluation = math.ceil(steps / every) * data.val * _evaluated(stage, len(data.class_names))
+
+    def cost(workers: int) -> Cost:
+        gpus, price = workers * stage.cluster.gpus_per_worker, stage.cluster.price_per_gpu_hour
+        # Two processes on one machine's CPUs share its speed.
+        speed = device.macs_per_second * (workers if gpus else 1)
+        hours = (max(training / speed, steps * device.least_step) + evaluation / speed) / 3600
+        return Cost(hours, hours * gpus, None if price is None else hours * gpus * price)
+
+    least = cost(max(1, stage.cluster.min_workers))
     memory, checkpoint = _bytes(stage, network)
     return Forecast(
         stage=stage.name,
         steps=steps,
         epochs=steps * stage.global_batch / data.train,
-        workers=workers,
+        rate=base_rate(stage.optimizer, stage.global_batch),
+        workers=max(1, stage.cluster.min_workers),
         device=device,
-        hours=hours,
-        gpu_hours=gpu_hours,
-        money=gpu_hours * price if price is not None else None,
+        **least._asdict(),
+        on_most=cost(max(1, stage.cluster.max_workers)),
+        evaluation=evaluation / (training + evaluation),
         memory=memory,
         checkpoint=checkpoint,
     )
+
+
+def forecast_warnings(stage: StageSettings, found: Forecast, data: Data) -> Iterator[str]:
+    """What of a forecast is not as one would wish."""
+    room = found.device.bytes
+    if room and found.memory > _FULL * room and stage.micro_batch != "auto":
+        yield (
+            f"a training step needs about {found.memory / 2**30:.0f} GiB of a worker, of which "
+            f"{found.device.name} has {room / 2**30:.0f}; set micro_batch (auto finds what fits), "
+            "lower data.train.crop, or take more workers"
+        )
+    every = to_steps(stage.checkpoint.every, data.train // stage.global_batch)
+    hours = found.hours * min(every, found.steps) / found.steps
+    if hours > 1:
+        yield (
+            f"checkpoint.every: {stage.checkpoint.every} is about {hours:.1f} hours, which a "
+            "failure would cost; write them more often"
+        )
+    if found.evaluation > _MUCH_EVALUATION:
+        yield (
+            f"evaluate.every: {stage.evaluate.every}: {found.evaluation:.0%} of the time goes into "
+            "evaluation; evaluate less often, or on fewer scales"
+        )
+    if found.hours > _VERY_LONG:
+        years = as_time(found.hours * 3600)
+        yield f"steps: {found.steps} take about {years}; is that what you want?"
+    step = found.hours * 3600 / found.steps
+    if step * 2 > stage.cluster.hang_after:
+        yield (
+            f"cluster.hang_after: {stage.cluster.hang_after:g} seconds, and a step takes about "
+            f"{step:.1f}: workers would be taken for hung; raise it"
+        )
+
+
+def _evaluated(stage: StageSettings, num_classes: int) -> float:
+    """Multiply-Adds of the evaluation of an image, of the training crop's size if not given."""
+    from model.complexity import complexity
+
+    size = as_size(stage.data.val.crop or stage.data.train.crop)
+    stride = stage.evaluate.output_stride or stage.model.output_stride
+    model = stage.model.model_copy(update={"output_stride": stride})
+    scales, flip = stage.evaluate.scales, stage.evaluate.flip
+    return complexity(model, stage.task, num_classes, size, scales=scales, flip=flip).multiply_adds
 
 
 def _from_earlier(
@@ -204,14 +247,15 @@ def _from_earlier(
             workers = max(1, earlier.cluster.min_workers if earlier.cluster.gpus_per_worker else 1)
             larger = math.prod(as_size(earlier.data.train.crop)) / area
             speed = PASSES * crop_macs * larger * known[len(known) // 2] / workers
-            return replace(device, macs_per_second=speed, basis=f"the speed of {run.path.name}")
+            basis = f"by the speed of {run.path.name}"
+            return replace(device, macs_per_second=speed, basis=basis, least_step=0.0)
     return device
 
 
 def _is_alike(job: dict[str, Any], stage: StageSettings) -> bool:
     return (
         job.get("task") == stage.task
-        and job["model"]["backbone"] == stage.model.backbone
+        and all(job["model"][name] == getattr(stage.model, name) for name in _SHAPE)
         and bool(job["cluster"]["gpus_per_worker"]) == bool(stage.cluster.gpus_per_worker)
     )
 

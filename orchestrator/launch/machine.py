@@ -4,17 +4,19 @@ import fcntl
 import os
 import shutil
 import tempfile
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from data_pipeline.config import as_size
+from orchestrator.bucket import BucketPath
 from orchestrator.errors import RunError
 from orchestrator.job.config import StageSettings
 from orchestrator.job.sections import Cluster
 from orchestrator.launch.cluster import Resources, connect
-from orchestrator.runs.tracking import tracking_uri
+from orchestrator.runs.server import tracking_uri
 
 _LITTLE_SHM = 2**30  # bytes
 _PROBE_SECONDS = 3.0
@@ -59,36 +61,42 @@ def find_room() -> Room:
 
 def check_room(stages: Sequence[StageSettings], room: Room) -> list[Finding]:
     """Whether every stage's least workers fit; one finding for all that do not."""
-    lacking = {
-        stage.name: (stage.cluster.min_workers, worker_needs(stage.cluster), places)
-        for stage in stages
-        if (places := sum(_places(node, worker_needs(stage.cluster)) for node in room.nodes))
-        < stage.cluster.min_workers
-    }
+    lacking: dict[str, list[str]] = {}
+    for stage in stages:
+        worker = worker_needs(stage.cluster)
+        workers = stage.cluster.min_workers or int(worker.gpus > 0)  # 0: of this process a GPU
+        places = sum(_places(node, worker) for node in room.nodes)
+        if places < workers:
+            what = f"{workers} worker{'s' * (workers > 1)} of {worker} (room for {places})"
+            lacking.setdefault(what, []).append(stage.name)
     if not lacking:
         return []
     total = Resources(cpus=sum(n.cpus for n in room.nodes), gpus=sum(n.gpus for n in room.nodes))
-    wanted = ", ".join(
-        f"{name} ({workers} workers of {worker}: room for {places})"
-        for name, (workers, worker, places) in lacking.items()
+    wanted = "; ".join(
+        f"{what}: {', '.join(names[:3])}{f' and {len(names) - 3} more' if names[3:] else ''}"
+        for what, names in lacking.items()
     )
     nodes = f"{len(room.nodes)} node{'s' * (len(room.nodes) != 1)}"
     text = f"{room.where} has {total} on {nodes}, too little for {wanted}"
     if room.grows:
         return [Finding("warning", "cluster", f"{text}; it must grow first, which is waited for")]
     cure = "lower cluster.workers, cpus_per_worker or gpus_per_worker, or take a larger cluster"
+    if not os.environ.get("RAY_ADDRESS"):
+        cure += " (atrous plan --address looks at another)"
     return [Finding("error", "cluster", f"{text}; {cure}")]
 
 
 def worker_needs(cluster: Cluster) -> Resources:
-    """What one worker takes."""
+    """What one worker takes; the process itself is given no CPUs."""
+    if not cluster.max_workers:
+        return Resources(cpus=0, gpus=cluster.gpus_per_worker)
     return Resources(cpus=cluster.cpus_per_worker, gpus=cluster.gpus_per_worker)
 
 
 def _places(node: Resources, worker: Resources) -> int:
     """Workers that fit on a node."""
-    of_cpus = int(node.cpus // worker.cpus)
-    return min(of_cpus, int(node.gpus / worker.gpus)) if worker.gpus else of_cpus
+    shares = [(node.cpus, worker.cpus), (node.gpus, worker.gpus)]
+    return min((int(there // taken) for there, taken in shares if taken), default=1)
 
 
 def _this_machine() -> Resources:
@@ -113,8 +121,31 @@ def _cluster() -> Room:
     )
 
 
+def wait_for_no_hub() -> None:
+    """Where the hub of timm's weights cannot be reached, look into its cache alone, and at once.
+
+    Its client would try again for a minute and a half.
+    """
+    from urllib.error import HTTPError, URLError
+    from urllib.request import urlopen
+
+    from huggingface_hub import constants
+
+    try:
+        urlopen(constants.ENDPOINT, timeout=_PROBE_SECONDS).close()
+    except HTTPError:  # somebody answers
+        return
+    except (URLError, OSError, ValueError):
+        constants.HF_HUB_OFFLINE = True
+
+
 def check_storage(storage: Path, room: int) -> list[Finding]:
-    """Whether checkpoints can be written there: rename, lock, force to disk; and `room` bytes."""
+    """Whether checkpoints can be written there: rename, lock, force to disk; and `room` bytes.
+
+    In a bucket: conditional PUT, list, delete; how much room there is, it does not say.
+    """
+    if isinstance(storage, BucketPath):
+        return _check_bucket(storage)
     place = next(path for path in (storage, *storage.parents) if path.exists())
     try:
         with tempfile.TemporaryDirectory(dir=place, prefix=".atrous-") as directory:
@@ -136,6 +167,26 @@ def check_storage(storage: Path, room: int) -> list[Finding]:
         text = (
             f"{place} has {free / 2**30:.1f} GiB free, checkpoints need {room / 2**30:.1f}; make "
             "room, or lower checkpoint.keep and keep_best"
+        )
+        return [Finding("error", "storage", text)]
+    return []
+
+
+def _check_bucket(storage: BucketPath) -> list[Finding]:
+    probe = storage / f"probe-{uuid.uuid4().hex}"
+    try:
+        decides = bool(probe.write_if(b"1", None)) and not probe.write_if(b"2", None)
+        decides &= not probe.write_if(b"3", '"another"') and probe.read_bytes() == b"1"
+        found = probe in storage.iterdir()
+        probe.unlink()
+    except OSError as error:
+        text = f"{storage} cannot be written to ({error}); correct storage:, or what it says"
+        return [Finding("error", "storage", text)]
+    if not (decides and found):
+        text = (
+            f"{storage}: the store does not honour conditional PUT (If-None-Match, If-Match), or "
+            "does not list what was put: nothing would keep two commands from writing one run; "
+            "take another store or a newer version, or a directory"
         )
         return [Finding("error", "storage", text)]
     return []

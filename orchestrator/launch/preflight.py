@@ -1,31 +1,29 @@
 """What is wrong with a job, and what it will take, before anything of it runs."""
 
-import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
-from rich.box import SIMPLE
-from rich.table import Table
-
+from data_pipeline.config import EvalData, TrainData
 from data_pipeline.dataset import Dataset, open_dataset
 from data_pipeline.errors import DataError
 from data_pipeline.manifest import FILE_NAME, Manifest
-from data_pipeline.storage import is_local, join, open_storage
+from data_pipeline.storage import join, open_storage
+from orchestrator.bucket import BucketPath, hasty, storage_path
 from orchestrator.errors import AtrousError
 from orchestrator.job.config import Job, PipelineJob, Prepared, StageSettings
 from orchestrator.job.duration import to_steps
-from orchestrator.job.sections import Steps
+from orchestrator.job.sweep import SweepJob
+from orchestrator.launch.budget import limit_findings
 from orchestrator.launch.forecast import (
     Data,
     Device,
     Forecast,
     find_device,
     forecast,
-    published_size,
+    forecast_warnings,
 )
 from orchestrator.launch.machine import (
     Finding,
@@ -34,18 +32,34 @@ from orchestrator.launch.machine import (
     check_storage,
     check_tracking,
     find_room,
+    wait_for_no_hub,
 )
 from orchestrator.launch.selection import why
+from orchestrator.launch.sources import (
+    Size,
+    check_task,
+    published_size,
+    size_to_come,
+    source_problems,
+)
 from orchestrator.launch.stage import build_on_meta, finished_result, plan_stage, shapes_of
+from orchestrator.launch.trials import dearest
+from orchestrator.runs.bill import Bill, read_bill
 from orchestrator.runs.checkpoint import Checkpoint
+from orchestrator.runs.foreign import TIMM
 from orchestrator.runs.run import Run, all_runs
 from orchestrator.runs.start import Start, plan_hand_over, read_shapes, resolve_start
-from orchestrator.training.stage_checks import check_data, stage_warnings
+from orchestrator.training.stage_checks import (
+    check_data,
+    check_fills,
+    check_precision,
+    duration_warnings,
+    stage_warnings,
+)
 
 if TYPE_CHECKING:
     from model.build import Network
 
-_FULL = 0.9  # share of a device's memory
 _SHARDS_LOOKED_AT = 200  # of a split, evenly spread
 
 
@@ -57,7 +71,10 @@ class Report:
     forecasts: list[Forecast] = field(default_factory=list)
     done: list[str] = field(default_factory=list)  # stages that an earlier run finished
     unknown: dict[str, str] = field(default_factory=dict)  # stage -> why there is no forecast
+    assumed: dict[str, int] = field(default_factory=dict)  # data set/split -> samples to come
+    origins: dict[str, str] = field(default_factory=dict)  # stage -> what it takes from where
     changes: dict[str, list[str]] = field(default_factory=dict)  # stage -> since its newest run
+    bills: dict[str, Bill] = field(default_factory=dict)  # stage -> of its runs so far
 
     @property
     def errors(self) -> list[Finding]:
@@ -70,12 +87,13 @@ class Report:
         try:
             yield
         except (AtrousError, DataError, OSError) as error:
-            text = str(error).removeprefix(f"{where}: ")
-            self.findings.append(Finding("error", where, text))
+            self.add("error", where, str(error))
 
-    def warn(self, where: str, text: str) -> None:
-        """Note what works and yet may surprise."""
-        self.findings.append(Finding("warning", where, text))
+    def add(self, level: Literal["error", "warning"], where: str, text: str) -> None:
+        """Note a finding, once."""
+        finding = Finding(level, where, text.removeprefix(f"{where}: "))
+        if finding not in self.findings:
+            self.findings.append(finding)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +113,7 @@ def preflight(job: Job) -> Report:
 class _Preflight:
     def __init__(self, job: Job) -> None:
         self._job = job
-        self._storage = Path(job.storage)
+        self._storage = hasty(storage_path(job.storage))
         self._stages = _stages(job)
         self._report = Report()
         self._foreseen: dict[str, _Foreseen] = {}
@@ -104,8 +122,10 @@ class _Preflight:
 
     def run(self) -> Report:
         report = self._report
-        if isinstance(self._job, PipelineJob):
-            self._check_sources(self._job)
+        if isinstance(self._storage, BucketPath) and (away := check_storage(self._storage, 0)):
+            report.findings += away  # the rest would wait for it, minutes each
+            return report
+        self._check_sources()
         room = None
         with report.noting("cluster"):
             room = find_room()
@@ -125,22 +145,20 @@ class _Preflight:
         report.findings += check_storage(self._storage, needed)
         report.findings += check_tracking(self._storage)
         report.findings += check_machine(to_run)
+        report.findings += limit_findings(self._job, report)
         return report
 
-    def _check_sources(self, job: PipelineJob) -> None:
-        """Data sets that are to be prepared need their sources."""
-        for name, wanted in job.datasets.items():
-            if wanted.source is None or not is_local(wanted.source):
-                continue
-            if not self._is_prepared(name, wanted) and not Path(wanted.source).exists():
-                self._report.findings.append(
-                    Finding(
-                        "error",
-                        f"datasets.{name}",
-                        f"source: {wanted.source} does not exist, and {name} is not prepared "
-                        f"under {job.data_directory}; correct it, or prepare the data set there",
-                    )
-                )
+    def _check_sources(self) -> None:
+        """Data sets that are to be prepared: their sources, layouts, splits."""
+        for name, wanted in self._job.datasets.items():
+            where = f"datasets.{name}"
+            with self._report.noting(where):
+                users = [stage for stage in self._stages if name in _datasets(stage)]
+                prepared = self._is_prepared(name, wanted)
+                for text in source_problems(name, wanted, users, prepared=prepared):
+                    self._report.add("error", where, text)
+                if not users:
+                    self._report.add("warning", where, "no stage uses it; it is prepared anyway")
 
     def _is_prepared(self, name: str, wanted: Prepared) -> bool:
         """Whether every split of a data set that a stage uses, or the job asks for, is there."""
@@ -151,14 +169,16 @@ class _Preflight:
 
     def _check_stage(self, stage: StageSettings, device: Device) -> None:
         report = self._report
+        with report.noting(stage.name):
+            check_precision(stage)
         for text in stage_warnings(stage):
-            report.warn(stage.name, text)
+            report.add("warning", stage.name, text)
         data = self._data_of(stage)
         if data is None:
             return
         steps = to_steps(stage.duration, data.train // stage.global_batch)
         for text in duration_warnings(stage, steps, data.train // stage.global_batch):
-            report.warn(stage.name, text)
+            report.add("warning", stage.name, text)
         network = build_on_meta(stage, len(data.class_names))
         shapes = shapes_of(network)
         with report.noting(stage.name):
@@ -167,42 +187,60 @@ class _Preflight:
             shapes=shapes, task=stage.task, class_names=data.class_names
         )
         self._reckon(stage, network, data, steps, device)
-        if self._to_come(stage) is None:
+        resolved = stage.start_from is None or stage.name in report.origins
+        there = f"{stage.data.train.dataset}/{stage.data.train.split}" not in report.assumed
+        if resolved and there and not self._is_tuned(stage):
             self._look_for_result(stage)
 
     def _data_of(self, stage: StageSettings) -> Data | None:
-        """What is prepared, else what the job prepares first, by its published size."""
-        used = stage.data
-        to_come = self._to_come(stage)
-        if to_come is None:
-            train = open_dataset(self._job.data_directory, used.train.dataset, used.train.split)
-            val = open_dataset(self._job.data_directory, used.val.dataset, used.val.split)
-            for split in (train, val):
-                if not self._is_indexed_again(split):
-                    self._look_at(split, stage.name)
-            check_data(stage, train, val)
-            return Data(train.num_samples, val.num_samples, train.manifest.class_names)
-        published = [
-            published_size(to_come.format, split) for split in (used.train.split, used.val.split)
-        ]
-        known = [size for size in published if size is not None]
-        if to_come.synthesize is None and len(known) == len(published):
-            names = tuple(f"{to_come.format} {number}" for number in range(known[0].classes))
-            return Data(known[0].samples, known[1].samples, names)
-        self._report.unknown[stage.name] = f"{used.train.dataset} is prepared first"
-        return None
+        """What is prepared, else what the job prepares first, else what is published of it."""
+        if self._to_come(stage) is None:
+            sets = []
+            for role, part in (("train", stage.data.train), ("val", stage.data.val)):
+                with self._report.noting(stage.name):
+                    sets.append(self._open(role, part))
+            if len(sets) == 2:
+                return self._prepared_data(stage, *sets)
+        train = self._size_to_come(stage, stage.data.train)
+        val = self._size_to_come(stage, stage.data.val)
+        name = stage.data.train.dataset
+        if train is None or val is None:
+            why = "prepared first" if self._to_come(stage) else "not there"
+            self._report.unknown[stage.name] = f"{name} is {why}"
+            return None
+        self._report.assumed[f"{name}/{stage.data.train.split}"] = train.samples
+        check_fills(stage, train.samples)
+        return Data(train.samples, val.samples, train.class_names)
+
+    def _size_to_come(self, stage: StageSettings, part: TrainData | EvalData) -> Size | None:
+        wanted = self._job.datasets.get(part.dataset)
+        if wanted is None:
+            return published_size(part.dataset, part.split)
+        check_task(wanted, stage, part.dataset)
+        return size_to_come(wanted, part.split)
+
+    def _prepared_data(self, stage: StageSettings, train: Dataset, val: Dataset) -> Data:
+        for split in (train, val):
+            if not self._is_indexed_again(split):
+                self._look_at(split, stage.name)
+        check_data(stage, train, val)
+        return Data(train.num_samples, val.num_samples, train.manifest.class_names)
+
+    def _open(self, role: str, part: TrainData | EvalData) -> Dataset:
+        try:
+            return open_dataset(self._job.data_directory, part.dataset, part.split)
+        except DataError as error:
+            raise DataError(f"data.{role}: {error}") from None
 
     def _to_come(self, stage: StageSettings) -> Prepared | None:
         """A data set of the stage that the job itself prepares and has not yet."""
-        datasets = self._job.datasets if isinstance(self._job, PipelineJob) else {}
-        used = (stage.data.train.dataset, stage.data.val.dataset)
-        wanted = [(name, datasets[name]) for name in used if name in datasets]
+        datasets = self._job.datasets
+        wanted = [(name, datasets[name]) for name in _datasets(stage) if name in datasets]
         return next((one for name, one in wanted if not self._is_prepared(name, one)), None)
 
     def _is_indexed_again(self, split: Dataset) -> bool:
         """Whether the launch looks at its shards anew: those of others, which may change."""
-        datasets = self._job.datasets if isinstance(self._job, PipelineJob) else {}
-        wanted = datasets.get(split.manifest.dataset)
+        wanted = self._job.datasets.get(split.manifest.dataset)
         return wanted is not None and wanted.format == "shards"
 
     def _look_at(self, split: Dataset, where: str) -> None:
@@ -228,34 +266,27 @@ class _Preflight:
             start = Start(
                 weights=wanted.checkpoint, digest="", take=take, class_names=earlier.class_names
             )
-            plan_hand_over(shapes, earlier.shapes, start, names)
+            over = plan_hand_over(shapes, earlier.shapes, start, names)
+            self._report.origins[stage.name] = f"{wanted.checkpoint}: {over.report()}"
         elif wanted.checkpoint not in self._report.unknown:
+            if wanted.checkpoint.startswith(TIMM):
+                wait_for_no_hub()
             start_now = resolve_start(stage, self._storage, {})
             if start_now is not None:
-                plan_hand_over(shapes, read_shapes(Path(start_now.weights)), start_now, names)
+                over = plan_hand_over(shapes, read_shapes(start_now.file()), start_now, names)
+                origin = f"{wanted.checkpoint} (sha256 {start_now.digest[:12]})"
+                self._report.origins[stage.name] = f"{origin}: {over.report()}"
 
     def _reckon(
         self, stage: StageSettings, network: "Network", data: Data, steps: int, device: Device
     ) -> None:
         report = self._report
         found = forecast(stage, network, data, steps, device, self._runs)
+        if isinstance(self._job, SweepJob) and self._is_tuned(stage):
+            stage, found = dearest(self._job, data, device, self._runs)
         report.forecasts.append(found)
-        room = found.device.bytes
-        if room and found.memory > _FULL * room and stage.micro_batch != "auto":
-            report.warn(
-                stage.name,
-                f"a training step needs about {found.memory / 2**30:.0f} GiB of a worker, an "
-                f"{found.device.name} has {room / 2**30:.0f}; set micro_batch (auto finds what "
-                "fits), or take more workers",
-            )
-        every = to_steps(stage.checkpoint.every, data.train // stage.global_batch)
-        hours = found.hours * min(every, steps) / steps
-        if hours > 1:
-            report.warn(
-                stage.name,
-                f"checkpoint.every: {stage.checkpoint.every} is about {hours:.1f} hours, which a "
-                "failure would cost; write them more often",
-            )
+        for text in forecast_warnings(stage, found, data):
+            report.add("warning", stage.name, text)
 
     def _look_for_result(self, stage: StageSettings) -> None:
         """Whether an earlier run did the stage, or all that it starts from."""
@@ -266,81 +297,26 @@ class _Preflight:
         with report.noting(stage.name):
             planned = plan_stage(stage, self._storage, self._job.data_directory, self._results)
             report.changes[stage.name] = list(why(planned, self._runs))
+            report.bills[stage.name] = read_bill(planned.run)
             result = finished_result(planned)
             if result is not None:
                 self._results[stage.name] = result.checkpoint
                 report.done.append(stage.name)
+
+    def _is_tuned(self, stage: StageSettings) -> bool:
+        return isinstance(self._job, SweepJob) and stage.name == self._job.tuned.name
 
     @cached_property
     def _runs(self) -> list[Run]:
         return all_runs(self._storage)
 
 
+def _datasets(stage: StageSettings) -> tuple[str, str]:
+    return stage.data.train.dataset, stage.data.val.dataset
+
+
 def _stages(job: Job) -> list[StageSettings]:
     return job.in_order if isinstance(job, PipelineJob) else [job.settings]
-
-
-def plan_table(job: Job, report: Report) -> Table:
-    """What would happen, and what it would take, a line for each stage."""
-    of_stage = {one.stage: one for one in report.forecasts}
-    table = Table(title=f"{job.kind} {job.name}", title_justify="left", box=SIMPLE)
-    for column in ("stage", "data", "starts from", "length", "batch", "workers", "a worker needs"):
-        table.add_column(column, overflow="fold")
-    for column in ("hours", "GPU-hours", "money"):
-        table.add_column(column, justify="right")
-    for stage in _stages(job):
-        table.add_row(
-            stage.name,
-            f"{stage.data.train.dataset}/{stage.data.train.split}",
-            stage.start_from.checkpoint if stage.start_from else "scratch",
-            *_length(stage, of_stage.get(stage.name)),
-            *_costs(stage, report, of_stage.get(stage.name)),
-        )
-    left = [one for one in report.forecasts if one.stage not in report.done]
-    money = [one.money for one in left if one.money is not None]
-    table.add_section()
-    table.add_row(
-        *("to run", "", "", "", "", "", ""),
-        f"{sum(one.hours for one in left):.1f}",
-        f"{sum(one.gpu_hours for one in left):.1f}",
-        f"{sum(money):.2f}" if money else "-",
-    )
-    return table
-
-
-def _length(stage: StageSettings, found: Forecast | None) -> tuple[str, str, str, str]:
-    cluster = stage.cluster
-    gpus = f" x {cluster.gpus_per_worker:g} GPU" if cluster.gpus_per_worker else ""
-    elastic = cluster.min_workers < cluster.max_workers
-    least = f"{cluster.min_workers} to " if elastic else ""
-    workers = f"{least}{cluster.max_workers}{gpus}" if cluster.max_workers else "this process"
-    if found is None:
-        return str(stage.duration), str(stage.global_batch), workers, "-"
-    length = f"{found.steps} steps, {found.epochs:.3g} epochs"
-    need = f"{found.memory / 2**30:.1f} GiB, {found.checkpoint / 2**20:.0f} MiB a checkpoint"
-    return length, str(stage.global_batch), workers, need
-
-
-def _costs(stage: StageSettings, report: Report, found: Forecast | None) -> tuple[str, str, str]:
-    if stage.name in report.done:
-        return "was done", "", ""
-    if found is None:
-        return report.unknown.get(stage.name, "see below"), "", ""
-    gpu_hours = f"{found.gpu_hours:.1f}" if found.gpu_hours else "-"
-    return f"{found.hours:.1f}", gpu_hours, "-" if found.money is None else f"{found.money:.2f}"
-
-
-def finding_lines(findings: Iterable[Finding]) -> Iterator[tuple[str, str]]:
-    """(line, style) of each finding."""
-    for one in findings:
-        yield f"{one.where}: {one.level}: {one.text}", "red" if one.level == "error" else "yellow"
-
-
-def basis_lines(report: Report) -> list[str]:
-    """Where the hours come from."""
-    left = [one for one in report.forecasts if one.stage not in report.done]
-    bases = dict.fromkeys(one.device.basis for one in left)
-    return [f"Hours on the least workers, reckoned from {basis}." for basis in bases]
 
 
 def _check_shards(manifest: Manifest) -> None:
@@ -358,39 +334,3 @@ def _check_shards(manifest: Manifest) -> None:
                 f"{manifest.place}: shard {shard.name} {there}, the manifest says {shard.size}; "
                 "copy it again or prepare (index) the data set again (atrous data verify finds all)"
             )
-
-
-def duration_warnings(stage: StageSettings, steps: int, steps_per_epoch: int) -> Iterator[str]:
-    """Times of a stage, written in its job file, that do not fit into its length."""
-
-    def is_longer(value: int | str | None) -> bool:
-        return value is not None and to_steps(value, steps_per_epoch) > steps
-
-    hard = stage.loss.hard_pixels
-    for name, given, value, then in (
-        (
-            "evaluate.every",
-            stage.evaluate,
-            stage.evaluate.every,
-            "it is evaluated once, at the end",
-        ),
-        ("checkpoint.every", stage.checkpoint, stage.checkpoint.every, "a failure costs all of it"),
-        ("schedule.warmup", stage.schedule, stage.schedule.warmup, "the rate never gets to lr"),
-        ("loss.hard_pixels.anneal", hard, hard.anneal if hard else None, "fraction is not reached"),
-        ("log_every", stage, stage.log_every, "one line is logged, at the end"),
-    ):
-        if given and name.rpartition(".")[2] in given.model_fields_set and is_longer(value):
-            yield f"{name}: {value} is longer than the training of {steps} steps: {then}"
-    if isinstance(stage.schedule, Steps):
-        late = [value for value in stage.schedule.milestones if is_longer(value)]
-        if late:
-            yield f"schedule.milestones: {late} lie after the end of the training ({steps} steps)"
-    both = math.lcm(
-        to_steps(stage.evaluate.every, steps_per_epoch),
-        to_steps(stage.checkpoint.every, steps_per_epoch),
-    )
-    if stage.checkpoint.keep_best and both >= steps:
-        yield (
-            "checkpoint.keep_best: no checkpoint but the last is of an evaluated step: give "
-            "checkpoint.every the time of evaluate.every"
-        )

@@ -15,13 +15,13 @@ from rich.table import Table
 
 from data_pipeline.manifest import Manifest
 from orchestrator.files import read_json
-from orchestrator.job.config import Job, PipelineJob, StageSettings
+from orchestrator.job.config import Job
 from orchestrator.launch.costs import bill_table, in_brief, so_far
 from orchestrator.launch.stage import PlannedStage, StageResult
 from orchestrator.runs.bill import Account
 from orchestrator.runs.record import HEADLINE, headline
 from orchestrator.runs.run import EventReader, read_journal
-from orchestrator.runs.tracking import program, run_link, tracking_uri, ui_command
+from orchestrator.runs.server import program, run_link, tracking_uri, ui_command
 from orchestrator.training.stage_checks import stage_warnings
 
 _LINE_EVERY = 10.0  # seconds between lines of a stage where there is no terminal
@@ -222,15 +222,11 @@ def result_table(results: Sequence[StageResult], storage: Path) -> list[Table | 
     ]
 
 
-def _stages(job: Job) -> Sequence[StageSettings]:
-    return job.stages if isinstance(job, PipelineJob) else (job,)
-
-
 def job_warnings(job: Job) -> list[str]:
     """What makes results worse without failing, for --dry-run."""
     return [
         f"{stage.name}: warning: {warning}"
-        for stage in _stages(job)
+        for stage in job.stages
         for warning in stage_warnings(stage)
     ]
 
@@ -250,7 +246,7 @@ def summary(job: Job) -> Table:
         "workers",
     ):
         table.add_column(column, overflow="fold")
-    for stage in _stages(job):
+    for stage in job.stages:
         table.add_row(
             stage.name,
             stage.task,

@@ -6,6 +6,7 @@ from typing import Any
 
 from orchestrator.errors import JobFileError
 from orchestrator.job.config import Job, PipelineJob, StageSettings
+from orchestrator.job.sweep import SweepJob
 from orchestrator.launch.stage import PlannedStage, fingerprinted
 from orchestrator.runs.record import flatten
 from orchestrator.runs.run import Run
@@ -19,9 +20,9 @@ def select(job: Job, only: Sequence[str] = (), start_at: str | None = None) -> J
     Raises:
         JobFileError: no stage of that name; names the nearest.
     """
-    if not isinstance(job, PipelineJob):
+    if not isinstance(job, PipelineJob) or isinstance(job, SweepJob):
         if only or start_at:
-            raise JobFileError(f"--only and --from are for pipelines; {job.name} is one stage")
+            raise JobFileError(f"--only and --from are for pipelines; {job.name} is a {job.kind}")
         return job
     if not only and start_at is None:
         return job

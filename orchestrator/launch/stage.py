@@ -2,7 +2,7 @@
 
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import count
@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from data_pipeline.dataset import Dataset, open_dataset
+from orchestrator.bucket import on_disk
 from orchestrator.errors import RunError, StageFailed, StageStopped
 from orchestrator.files import digest
 from orchestrator.job.config import StageSettings
@@ -18,7 +19,7 @@ from orchestrator.job.duration import to_steps
 from orchestrator.runs.bill import begin, end
 from orchestrator.runs.checkpoint import Checkpoint, newest_checkpoint
 from orchestrator.runs.liveness import forget_workers
-from orchestrator.runs.record import data_record
+from orchestrator.runs.record import code_record, data_record
 from orchestrator.runs.run import Run, run_directory
 from orchestrator.runs.start import HandOver, Start, plan_hand_over, read_shapes, resolve_start
 from orchestrator.runs.stop import asked_to_stop, let_run
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
 _NOT_IN_FINGERPRINT: dict[str, Any] = {
     "name": True,
     "start_from": True,
+    "max_hours": True,
+    "max_cost": True,
+    "deadline": True,
     "cluster": True,
     "checkpoint": True,
     "log_every": True,
@@ -57,6 +61,7 @@ class PlannedStage:
     steps: int
     fingerprint: str
     run: Run
+    pause_at: int | None = None  # the step after which it stops, with a checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,9 +99,7 @@ def plan_stage(
     start = resolve_start(stage, storage, results)
     shapes = shapes_of(build_on_meta(stage, len(train.manifest.class_names)))
     names = train.manifest.class_names
-    hand_over = (
-        plan_hand_over(shapes, read_shapes(Path(start.weights)), start, names) if start else None
-    )
+    hand_over = plan_hand_over(shapes, read_shapes(start.file()), start, names) if start else None
     fingerprint = digest(
         {
             "stage": fingerprinted(stage),
@@ -176,18 +179,25 @@ def _result(planned: PlannedStage, checkpoint: Checkpoint, *, reused: bool) -> S
     )
 
 
-def open_run(planned: PlannedStage) -> None:
-    """Write the record of a run that starts or goes on; the caller holds its lock."""
+def open_run(planned: PlannedStage, overrides: Sequence[str] = ()) -> None:
+    """Write the record of a run that starts or goes on; the caller holds its lock.
+
+    `overrides` are those of the command line.
+    """
     record = planned.run.read()
     planned.run.update(
         name=planned.stage.name,
         stage=planned.stage.name,
         fingerprint=planned.fingerprint,
         status="running",
+        reason=None,
+        error=None,
         created=record.get("created", time.time()),
         attempts=record.get("attempts", 0) + 1,
         steps=planned.steps,
         job=planned.stage.model_dump(mode="json"),
+        overrides=list(overrides),
+        code=code_record(),
         start=planned.start.as_json() if planned.start else None,
         hand_over=asdict(planned.hand_over) if planned.hand_over else None,
         data={"train": data_record(planned.train), "val": data_record(planned.val)},
@@ -207,8 +217,8 @@ def train_stage(planned: PlannedStage) -> StageResult:
     run, name = planned.run, planned.stage.name
     try:
         checkpoint = _train(planned)
-    except StageStopped:
-        end(run, "stopped")
+    except StageStopped as stop:
+        end(run, "stopped", reason=stop.reason)
         raise
     except Exception as error:
         if run.read().get("status") == "stopped":  # without workers; the command is ending
@@ -242,13 +252,17 @@ def _train(planned: PlannedStage) -> Checkpoint:
     from orchestrator.training.worker import Assignment, train_worker
 
     stage, run = planned.stage, planned.run
+    record = run.read()
     assignment = Assignment(
         stage=stage.model_dump(mode="json"),
         run=str(run.path),
-        attempt=run.read()["attempts"],
+        attempt=record["attempts"],
+        overrides=record["overrides"],
+        code=record["code"],
         data_directory=planned.data_directory,
         fingerprint=planned.fingerprint,
         start=planned.start.as_json() if planned.start else None,
+        pause_at=planned.pause_at,
     )
     reached = 0
     for part in count(1):
@@ -256,13 +270,15 @@ def _train(planned: PlannedStage) -> Checkpoint:
             train_worker,
             asdict(assignment),
             stage.cluster,
-            name=f"attempt-{assignment.attempt:03d}-{part}",
-            storage=str(run.path / "ray"),
+            name=f"{run.path.name}-{assignment.attempt:03d}-{part}",
+            storage=str(on_disk(run.path) / "ray"),  # a marker, no more: checkpoints are ours
         )
         trainer.fit()
         checkpoint = newest_checkpoint(run.checkpoints)
         if checkpoint is not None and checkpoint.step == planned.steps:
             return checkpoint
+        if checkpoint is not None and checkpoint.step == planned.pause_at:
+            raise StageStopped(stage.name, checkpoint.step, planned.steps, "pauses")
         if why := asked_to_stop(run):
             raise StageStopped(stage.name, checkpoint.step if checkpoint else 0, planned.steps, why)
         if checkpoint is None or checkpoint.step <= reached:

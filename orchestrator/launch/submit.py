@@ -1,11 +1,15 @@
 """Submit a job file to a Ray cluster, or write it as a RayJob of KubeRay."""
 
 import os
+import re
 import shlex
+import shutil
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,11 +17,11 @@ import yaml
 
 from data_pipeline.storage import open_storage
 from orchestrator.errors import RunError
-from orchestrator.job.config import Job, PipelineJob
+from orchestrator.job.config import Job
 from orchestrator.launch.packing import Package, pack, project_root
 
 if TYPE_CHECKING:
-    from ray.job_submission import JobSubmissionClient
+    from ray.job_submission import JobDetails, JobSubmissionClient
 
 # What a job may need to know of its surroundings; credentials are for the nodes' own roles.
 _STOP_WAIT = "120"  # seconds for a checkpoint after `ray job stop`; Ray's 3 are too few
@@ -32,6 +36,8 @@ _FORWARDED = (
     "AWS_DEFAULT_REGION",
 )
 _LOOK_EVERY = 2.0  # seconds
+_PATIENCE = 60.0  # seconds without an answer
+_LONGEST_NAME = 47  # of a RayJob
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,18 +105,35 @@ def submit(
 
 
 def _code(package: Package) -> dict[str, str]:
-    return {"ATROUS_CODE_COMMIT": package.commit, "ATROUS_CODE_SHA256": package.digest}
+    """The identity of the code, for `orchestrator.runs.record.code_record`."""
+    return {
+        "ATROUS_CODE_COMMIT": package.commit,
+        "ATROUS_CODE_DIRTY": "1" if package.changed else "0",
+        "ATROUS_CODE_SHA256": package.digest,
+    }
 
 
 def follow(client: "JobSubmissionClient", job_id: str, tell: Callable[[str], None]) -> int:
     """Show the log until the job ended; the exit status of its command.
 
     The status comes from the cluster's record of the job, not from the end of a log stream.
+
+    Raises:
+        RunError: the cluster does not answer any more.
     """
-    shown = 0
+    shown, heard = 0, time.monotonic()
     while True:
-        info = client.get_job_info(job_id)
-        text = client.get_job_logs(job_id)
+        try:
+            info, text = _look(client, job_id)
+        except (OSError, RuntimeError) as error:
+            if time.monotonic() - heard > _PATIENCE:
+                raise RunError(
+                    f"{job_id}: the cluster does not answer any more ({error}); what became of the "
+                    "job is in its storage: atrous status STAGE; submitted again, it goes on"
+                ) from None
+            time.sleep(_LOOK_EVERY)
+            continue
+        heard = time.monotonic()
         if len(text) > shown:
             tell(text[shown:].rstrip("\n"))
             shown = len(text)
@@ -122,8 +145,18 @@ def follow(client: "JobSubmissionClient", job_id: str, tell: Callable[[str], Non
         time.sleep(_LOOK_EVERY)
 
 
-def upload(submission: Submission, place: str, tell: Callable[[str], None]) -> str:
-    """Put the packed project under `place` (s3://bucket/prefix), named by its digest; its URI."""
+def _look(client: "JobSubmissionClient", job_id: str) -> tuple["JobDetails", str]:
+    """The state of a job, and its log, which is complete where the state is final."""
+    return client.get_job_info(job_id), client.get_job_logs(job_id)
+
+
+def upload(
+    submission: Submission, place: str, tell: Callable[[str], None]
+) -> tuple[Submission, str]:
+    """Put the packed project under `place` (s3://bucket/prefix), named by its digest.
+
+    Returns the submission, which now knows its code, and the package's URI.
+    """
     with tempfile.TemporaryDirectory() as directory:
         package = pack(submission.root, Path(directory) / "project.zip")
         for line in package.describe():
@@ -131,25 +164,25 @@ def upload(submission: Submission, place: str, tell: Callable[[str], None]) -> s
         name = f"{package.digest}.zip"
         with open_storage(place).writing(name) as file:
             file.write(package.path.read_bytes())
-    return f"{place.rstrip('/')}/{name}"
+    environment = submission.environment | _code(package)
+    return replace(submission, environment=environment), f"{place.rstrip('/')}/{name}"
 
 
 def kuberay_manifest(submission: Submission, package_uri: str, image: str) -> str:
     """A RayJob (ray.io/v1) that runs the job file from a package at s3:// or https://.
 
-    Its cluster is as large as the largest stage asks; elastic ones let it grow.
+    Its cluster begins with the head, which checks the job, and grows as stages ask, up to what the
+    largest one may have.
     """
     job = submission.job
-    clusters = [
-        one.cluster for one in (job.stages if isinstance(job, PipelineJob) else (job.settings,))
-    ]
+    clusters = [stage.cluster for stage in job.stages]
     runtime = {"working_dir": package_uri, "env_vars": submission.environment}
     gpus = max(cluster.gpus_per_worker for cluster in clusters)
     cpus = max(cluster.cpus_per_worker for cluster in clusters)
     manifest = {
         "apiVersion": "ray.io/v1",
         "kind": "RayJob",
-        "metadata": {"name": job.name},
+        "metadata": {"name": _label(job.name)},
         "spec": {
             "entrypoint": submission.entrypoint,
             "runtimeEnvYAML": yaml.safe_dump(runtime, sort_keys=False),
@@ -157,6 +190,7 @@ def kuberay_manifest(submission: Submission, package_uri: str, image: str) -> st
             "ttlSecondsAfterFinished": 600,
             "backoffLimit": 3,  # the command goes on from the last checkpoint
             "rayClusterSpec": {
+                "rayVersion": version("ray"),
                 "enableInTreeAutoscaling": True,
                 "headGroupSpec": {
                     "rayStartParams": {"num-cpus": "0"},
@@ -165,7 +199,7 @@ def kuberay_manifest(submission: Submission, package_uri: str, image: str) -> st
                 "workerGroupSpecs": [
                     {
                         "groupName": "workers",
-                        "replicas": max(max(1, cluster.min_workers) for cluster in clusters),
+                        "replicas": 0,
                         "minReplicas": 0,
                         "maxReplicas": max(max(1, cluster.max_workers) for cluster in clusters),
                         "rayStartParams": {},
@@ -178,6 +212,37 @@ def kuberay_manifest(submission: Submission, package_uri: str, image: str) -> st
     return yaml.safe_dump(manifest, sort_keys=False)
 
 
+def _label(name: str) -> str:
+    """A name as KubeRay takes it: letters, digits and dashes, first a letter, not too long."""
+    plain = re.sub(r"[^a-z0-9-]", "-", name)
+    return (plain if plain[0].isalpha() else f"job-{plain}")[:_LONGEST_NAME].rstrip("-")
+
+
+def kubectl() -> str:
+    """The program that applies manifests.
+
+    Raises:
+        RunError: it is not installed.
+    """
+    program = shutil.which("kubectl")
+    if program is None:
+        raise RunError("kubectl is not installed; leave out --apply and apply what is printed")
+    return program
+
+
+def apply(manifest: str) -> str:
+    """Apply a manifest to the Kubernetes cluster that kubectl is set to; what kubectl says.
+
+    Raises:
+        RunError: kubectl is not there, or fails.
+    """
+    command = [kubectl(), "apply", "-f", "-"]
+    done = subprocess.run(command, input=manifest, capture_output=True, text=True)
+    if done.returncode:
+        raise RunError(f"kubectl apply: {done.stderr.strip() or f'status {done.returncode}'}")
+    return done.stdout.strip()
+
+
 def _pod(name: str, image: str, *, cpus: int, gpus: float) -> dict[str, Any]:
     resources: dict[str, Any] = {"cpu": str(cpus), "memory": f"{4 * cpus}Gi"}
     if gpus:
@@ -185,12 +250,15 @@ def _pod(name: str, image: str, *, cpus: int, gpus: float) -> dict[str, Any]:
     container = {
         "name": name,
         "image": image,
+        # Keys and passwords, where the nodes have no role: a secret that the user makes.
+        "envFrom": [{"secretRef": {"name": "atrous", "optional": True}}],
         "resources": {"limits": resources, "requests": resources},
         # Ray's objects and NCCL need more than the 64 MiB that a container has.
         "volumeMounts": [{"name": "shm", "mountPath": "/dev/shm"}],
     }
     return {
         "spec": {
+            "restartPolicy": "Never",  # the autoscaler replaces pods
             "containers": [container],
             "volumes": [{"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "8Gi"}}],
         }

@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from model.config import ModelConfig, Task
+from orchestrator.bucket import storage_path
 from orchestrator.errors import CheckpointError
 from orchestrator.runs.checkpoint import STATE, Checkpoint, newest_checkpoint, read_checkpoint
+from orchestrator.runs.references import find_reference, is_reference
 
 if TYPE_CHECKING:
     from model.build import Network
@@ -25,7 +27,8 @@ class OpenNetwork:
 def open_network(path: str | Path, *, output_stride: int | None = None) -> OpenNetwork:
     """Open a checkpoint directory, or the newest checkpoint of a run, as a network on the CPU.
 
-    `path` is a checkpoint (step-NNNNNNNN), a run directory or its checkpoints directory.
+    `path` is a checkpoint (step-NNNNNNNN), a run directory or its checkpoints directory, or a name
+    of MLflow's, models:/NAME@best or runs:/ID, for one in the storage $ATROUS_STORAGE.
     `network(images)` takes RGB images (B, 3, H, W) in 0..255 and gives logits (B, K, H, W), or
     (B, K) from a classifier; `network.forward_low_resolution(images)` gives a segmentation's logits
     before the last upsampling. output_stride None leaves the one it was trained with.
@@ -36,7 +39,8 @@ def open_network(path: str | Path, *, output_stride: int | None = None) -> OpenN
     """
     from model.build import build_network
 
-    checkpoint = _find(Path(path).expanduser())
+    named = is_reference(str(path))
+    checkpoint = find_reference(str(path))[0] if named else _find(storage_path(path))
     state = checkpoint.state
     try:
         task, class_names = state["task"], tuple(state["class_names"])

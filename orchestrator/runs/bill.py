@@ -39,7 +39,8 @@ class Bill:
 
     `wall` is the seconds in which a command had the run, and until the next one took it up where a
     command was killed; stops and failures end it. `lost` is by cause; the rest is training that
-    was kept. GPUs and CPUs count from when workers are up until the attempt ends.
+    was kept. GPUs and CPUs count from when workers are up until the attempt ends. `spans` are the
+    times, as seconds since 1970, between which a command had a run.
     """
 
     wall: float
@@ -47,6 +48,27 @@ class Bill:
     gpu_seconds: float
     cpu_seconds: float
     money: float | None  # None: no GPUs, or no price
+    spans: tuple[tuple[float, float], ...] = ()
+
+    @property
+    def hours(self) -> float:
+        """Hours in which a command had any of the runs; those side by side count once."""
+        seconds, until = 0.0, 0.0
+        for begin, end in sorted(self.spans):
+            seconds += max(0.0, end - max(begin, until))
+            until = max(until, end)
+        return seconds / 3600
+
+    @property
+    def used(self) -> str:
+        """GPU-hours, or CPU-hours where no GPU was used."""
+        seconds, of = (self.gpu_seconds, "GPU") if self.gpu_seconds else (self.cpu_seconds, "CPU")
+        return f"{_few_digits(seconds / 3600)} {of}-hours"
+
+    @property
+    def paid(self) -> str:
+        """Money, or a dash where nothing has a price."""
+        return "-" if self.money is None else f"{self.money:.2f}"
 
     @property
     def goodput(self) -> float:
@@ -69,6 +91,10 @@ class Bill:
             "cpu_hours": self.cpu_seconds / 3600,
             "money": self.money,
         }
+
+
+def _few_digits(hours: float) -> str:
+    return f"{hours:.3f}" if hours < 1 else f"{hours:.1f}" if hours < 1000 else f"{hours:.0f}"
 
 
 def read_bill(run: Run) -> Bill:
@@ -111,6 +137,7 @@ def add_bills(bills: Sequence[Bill]) -> Bill:
         gpu_seconds=sum(bill.gpu_seconds for bill in bills),
         cpu_seconds=sum(bill.cpu_seconds for bill in bills),
         money=sum(prices) if prices else None,
+        spans=tuple(span for bill in bills for span in bill.spans),
     )
 
 
@@ -146,6 +173,8 @@ class Account:
 
     _at: float = 0.0  # all time until then is booked
     _open: bool = False  # an attempt runs, or was killed
+    _since: float = 0.0  # its begin
+    _spans: list[tuple[float, float]] = field(default_factory=list)  # of attempts before
     _doing: str | None = None  # what the time after `_at` goes to; None: training
     _step: int = 0
     _pace_from: tuple[int, float] | None = None  # step and time of the workers' first entry
@@ -188,6 +217,7 @@ class Account:
             gpu_seconds=account._gpu_seconds,
             cpu_seconds=account._cpu_seconds,
             money=account._money,
+            spans=(*self._spans, *([(self._since, account._at)] if self._open else ())),
         )
 
     def seconds_left(self, steps: int, now: float) -> tuple[float, bool]:
@@ -216,9 +246,11 @@ class Account:
     def _attempt(self, event: Event) -> None:
         if self._open:
             self._die(event)
+            self._spans.append((self._since, self._at))
             self._world = 0
             self._pass_until(event["time"], GONE)
         self._at, self._open, self._doing = event["time"], True, WAITING
+        self._since = self._at
         self._world, self._terms = 0, event
 
     def _die(self, event: Event) -> None:
@@ -273,4 +305,5 @@ class Account:
     def _ended(self, event: Event) -> None:
         tail = LOST if event["status"] == "failed" else CLOSING
         self._pass_until(event["time"], self._doing or tail)
+        self._spans.append((self._since, self._at))
         self._open = False

@@ -17,8 +17,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from orchestrator.bucket import BucketPath
 from orchestrator.errors import CheckpointError
-from orchestrator.files import read_json, save_object, save_tensors, sha256, sync, write_json
+from orchestrator.files import (
+    local_copy,
+    read_json,
+    remove_tree,
+    save_object,
+    save_tensors,
+    sha256,
+    size_of,
+    staging,
+    sync,
+    write_json,
+)
 from orchestrator.runs.record import score
 
 if TYPE_CHECKING:
@@ -71,7 +83,7 @@ class Checkpoint:
         from safetensors.torch import load_file
 
         try:
-            return load_file(self.path / name)
+            return load_file(self._local(name))
         except SafetensorError as error:
             raise CheckpointError(f"{self.path / name}: not a safetensors file: {error}") from None
 
@@ -79,7 +91,10 @@ class Checkpoint:
         """State of the optimizer and of the loss scale, on the CPU."""
         import torch
 
-        return torch.load(self.path / OPTIMIZER, map_location="cpu", weights_only=True)
+        return torch.load(self._local(OPTIMIZER), map_location="cpu", weights_only=True)
+
+    def _local(self, name: str) -> Path:
+        return _local(self.path / name, self.files[name]["sha256"])
 
 
 def save_checkpoint(
@@ -106,16 +121,14 @@ def write_checkpoint(
     """Write the checkpoint directory `final`, in the place of what is there, and return it.
 
     Everything is written and forced to disk under a temporary name, the manifest last, then the
-    directory is renamed: a kill at any moment leaves the checkpoint whole or not there. `ready` is
-    called right before the rename, and prevents it with an error.
+    directory is renamed: a kill at any moment leaves the checkpoint whole or not there. In a bucket
+    the manifest is put last, after all that it names. `ready` is called right before the rename, or
+    before each object that is put, and prevents it with an error.
 
     Raises:
         OSError: it cannot be written; what was there before still is, and nothing else.
     """
-    temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
+    with staging(final) as temporary:
         save_tensors(temporary / WEIGHTS, weights)
         if ema is not None:
             save_tensors(temporary / EMA, ema)
@@ -130,10 +143,12 @@ def write_checkpoint(
         ready()
         if final.exists():  # a damaged or superseded one of an earlier attempt
             delete_checkpoint(final)
-        os.rename(temporary, final)
-    except Exception:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+        if isinstance(final, BucketPath):
+            for name in (*files, MANIFEST):
+                ready()
+                (final / name).upload(temporary / name, ready)
+        else:
+            os.rename(temporary, final)
     sync(final.parent)
     return Checkpoint(path=final, files=files, state=state)
 
@@ -160,12 +175,22 @@ def read_checkpoint(path: Path, *, verify: bool = True) -> Checkpoint:
         ) from None
     for name, (expected, digest) in files.items():
         file = path / name
-        size = file.stat().st_size if file.exists() else None
-        if size != expected:
+        if (size := size_of(file)) != expected:
             raise CheckpointError(f"{file}: size {size}, but {expected} in the manifest")
-        if verify and sha256(file) != digest:
-            raise CheckpointError(f"{file}: sha256 differs from the manifest: the file is damaged")
+        if verify and sha256(_local(file, digest)) != digest:
+            raise CheckpointError(_damaged(file))
     return Checkpoint(path=path, files=manifest["files"], state=_read(path / STATE))
+
+
+def _local(path: Path, digest: str) -> Path:
+    try:
+        return local_copy(path, digest)
+    except ValueError:
+        raise CheckpointError(_damaged(path)) from None
+
+
+def _damaged(file: Path) -> str:
+    return f"{file}: sha256 differs from the manifest: the file is damaged"
 
 
 def _read(path: Path) -> Any:
@@ -177,6 +202,10 @@ def _read(path: Path) -> Any:
 
 def checkpoint_paths(directory: Path) -> list[Path]:
     """Candidate checkpoint directories, newest first."""
+    if isinstance(directory, BucketPath):  # some stores still list a prefix that is empty by now
+        files = [path.relative_to(directory) for path, _ in directory.below()]
+        names = {path.parts[0] for path in files if path.parts[0].startswith("step-")}
+        return [directory / name for name in sorted(names, reverse=True)]
     return sorted(directory.glob("step-*"), reverse=True)
 
 
@@ -235,9 +264,14 @@ def delete_unfinished(directory: Path) -> None:
     """Delete what killed writers left; only who alone writes there may do so."""
     for path in directory.glob(".step-*.tmp"):
         shutil.rmtree(path, ignore_errors=True)
+    if isinstance(directory, BucketPath):
+        directory.abort_uploads()
+        for path in checkpoint_paths(directory):
+            if not (path / MANIFEST).exists():
+                remove_tree(path)
 
 
 def delete_checkpoint(path: Path) -> None:
     """Delete a checkpoint, the manifest first: what a kill leaves half deleted is none."""
     (path / MANIFEST).unlink(missing_ok=True)
-    shutil.rmtree(path)
+    remove_tree(path)

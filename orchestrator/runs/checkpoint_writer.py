@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from orchestrator.bucket import BucketPath
 from orchestrator.errors import CheckpointError
 from orchestrator.job.sections import Checkpoints
 from orchestrator.runs.checkpoint import checkpoint_paths, prune_checkpoints, save_checkpoint
@@ -176,6 +177,8 @@ class CheckpointWriter:
             self._tell(f"{self._directory}: older checkpoints not deleted: {error}")
 
     def _why(self) -> str:
+        if isinstance(self._directory, BucketPath):
+            return str(self._error)
         try:
             free = f"{shutil.disk_usage(self._directory).free / 2**20:.0f} MiB free there"
         except OSError:

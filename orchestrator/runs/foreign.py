@@ -1,7 +1,6 @@
 """Weights that are no checkpoint of ours: read safely, and kept in the storage as safetensors."""
 
 import logging
-import os
 import pickle
 import re
 import zipfile
@@ -10,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from model.config import ModelConfig, Task
+from orchestrator.bucket import BucketPath, storage_path
 from orchestrator.errors import CheckpointError
-from orchestrator.files import save_tensors, sha256, sync
+from orchestrator.files import put_in_place, save_tensors, sha256, staging
 
 if TYPE_CHECKING:
     import torch
@@ -34,19 +34,39 @@ def fetch_weights(place: str, model: ModelConfig, task: Task, storage: Path) -> 
     Raises:
         CheckpointError: there are none, they are damaged, or not weights alone.
     """
-    if place.endswith(SAFETENSORS):
-        path = Path(place).expanduser().absolute()
+    path = storage_path(place)
+    if place.endswith(SAFETENSORS) and not isinstance(path, BucketPath):
         if not path.is_file():
             raise CheckpointError(f"start_from: {path}: no such file")
         return path
-    try:
-        if place.startswith(TIMM):
-            return _keep(_timm(place, model, task), storage)
-        if place.startswith(TENSORFLOW):
-            return _keep(_tensorflow(place, model, task), storage)
-    except ValueError as error:
-        raise CheckpointError(f"start_from: {error}") from None
-    return _keep(read_pickle(Path(place).expanduser()), storage)
+    directory = storage / "weights"
+    with staging(directory / "new") as folder:
+        try:
+            file = _fetch(place, model, task, folder)
+        except (ValueError, FileNotFoundError) as error:
+            raise CheckpointError(f"start_from: {error}") from None
+        kept = directory / f"{sha256(file)}{SAFETENSORS}"
+        if not (isinstance(kept, BucketPath) and kept.is_file()):
+            put_in_place(file, kept)
+    return kept
+
+
+def _fetch(place: str, model: ModelConfig, task: Task, folder: Path) -> Path:
+    """A safetensors file in `folder` with the weights at `place`."""
+    path, file = storage_path(place), folder / f"weights{SAFETENSORS}"
+    if isinstance(path, BucketPath):
+        path = path.save_to(folder / path.name)
+        if place.endswith(SAFETENSORS):
+            return path
+    if place.startswith(TIMM):
+        tensors = _timm(place, model, task)
+    elif place.startswith(TENSORFLOW):
+        tensors = _tensorflow(place, model, task)
+    else:
+        tensors = read_pickle(path)
+    # Clones, because safetensors refuses tensors that share memory.
+    save_tensors(file, {name: tensor.clone() for name, tensor in tensors.items()})
+    return file
 
 
 def _timm(place: str, model: ModelConfig, task: Task) -> Tensors:
@@ -110,16 +130,3 @@ def _tensors(content: Any) -> dict[str, "torch.Tensor"]:
     if not isinstance(content, dict):
         return {}
     return {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, torch.Tensor)}
-
-
-def _keep(tensors: Tensors, storage: Path) -> Path:
-    """Write tensors to `<storage>/weights/<sha256>.safetensors`, whole or not at all."""
-    directory = storage / "weights"
-    directory.mkdir(parents=True, exist_ok=True)
-    temporary = directory / f".{os.getpid()}.tmp"
-    # Clones, because safetensors refuses tensors that share memory.
-    save_tensors(temporary, {name: tensor.clone() for name, tensor in tensors.items()})
-    kept = directory / f"{sha256(temporary)}{SAFETENSORS}"
-    os.replace(temporary, kept)
-    sync(directory)
-    return kept

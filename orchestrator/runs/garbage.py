@@ -1,15 +1,15 @@
 """What of a storage nobody needs any more. Found first, deleted only when asked."""
 
-import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from orchestrator.files import remove_tree, tree_size
 from orchestrator.job.duration import as_time
-from orchestrator.runs.checkpoint import MANIFEST
-from orchestrator.runs.overview import Overview, overviews
+from orchestrator.runs.checkpoint import MANIFEST, checkpoint_paths
+from orchestrator.runs.overview import Overview, overviews, read_ahead
 
 _DAY = 86400.0
 
@@ -30,6 +30,7 @@ def find_garbage(storage: Path, older_than: float) -> list[Garbage]:
     whatever another run started from. Runs that a process drives at this moment are left alone.
     """
     every = overviews(storage)
+    read_ahead(every, "state")
     used = {_key(one.record["start"]) for one in every if one.record.get("start")}
     return [
         garbage
@@ -46,7 +47,7 @@ def _key(start: dict[str, Any]) -> tuple[Any, ...]:
 def _of_run(one: Overview, used: set[tuple[Any, ...]], before: float) -> Iterator[Garbage]:
     record, directory = one.record, one.run.checkpoints
     fingerprint = record["fingerprint"]
-    names = [path for path in directory.glob("step-*") if path.is_dir()]
+    names = checkpoint_paths(directory)
     needed = {path for path in names if (fingerprint, int(path.name[5:])) in used}
     finished = one.state == "finished"
     if not finished and not needed and record.get("updated", 0) < before:
@@ -62,12 +63,11 @@ def _of_run(one: Overview, used: set[tuple[Any, ...]], before: float) -> Iterato
 
 
 def _garbage(path: Path, why: str) -> Garbage:
-    files = [file for file in path.rglob("*") if file.is_file()]
-    return Garbage(path=path, why=why, bytes=sum(file.stat().st_size for file in files))
+    return Garbage(path=path, why=why, bytes=tree_size(path))
 
 
 def delete(garbage: Garbage) -> None:
     """Remove it; what a kill leaves half deleted is no checkpoint and no run to anybody."""
     for name in ("run.json", MANIFEST):
         (garbage.path / name).unlink(missing_ok=True)
-    shutil.rmtree(garbage.path)
+    remove_tree(garbage.path)

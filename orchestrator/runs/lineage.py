@@ -5,10 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from orchestrator.bucket import storage_path
 from orchestrator.errors import CheckpointError
 from orchestrator.files import read_json
 from orchestrator.runs.checkpoint import Checkpoint, newest_checkpoint, read_checkpoint
 from orchestrator.runs.record import headline
+from orchestrator.runs.references import find_reference, is_reference
 from orchestrator.runs.run import Run, all_runs, run_directory
 
 
@@ -23,12 +25,14 @@ class Link:
 
 
 def find_checkpoint(target: str, storage: Path) -> Checkpoint:
-    """The checkpoint a stage name, run directory, MLflow run id or checkpoint path stands for.
+    """The checkpoint that a stage, run directory, path, MLflow run id or reference stands for.
 
     Raises:
         CheckpointError: nothing of that name.
     """
-    path = Path(target).expanduser().absolute()
+    if is_reference(target):
+        return find_reference(target, storage)[0]
+    path = storage_path(target)
     if (path / "state.json").exists():
         return read_checkpoint(path)
     for run in all_runs(storage):
@@ -56,7 +60,7 @@ def trace(checkpoint: Checkpoint) -> Link:
     if parents and not parents[0].get("origin"):
         record = parents[0]
         try:
-            earlier = read_checkpoint(_parent_path(checkpoint, record), verify=False)
+            earlier = read_checkpoint(parent_path(record, checkpoint.path.parents[3]), verify=False)
             if earlier.digest == record["digest"]:
                 parent = trace(earlier)
             else:
@@ -66,12 +70,11 @@ def trace(checkpoint: Checkpoint) -> Link:
     return Link(checkpoint=checkpoint, run_id=run_id, parent=parent, broken=broken)
 
 
-def _parent_path(checkpoint: Checkpoint, record: dict[str, Any]) -> Path:
-    """Where a parent lies: beside this run if the storage was moved, else where it was."""
-    recorded = Path(record["weights"]).parent
+def parent_path(record: dict[str, Any], storage: Path) -> Path:
+    """Where the checkpoint of a record of `parents` lies: in this storage, else where it was."""
+    recorded = storage_path(record["weights"]).parent
     if record["stage"] is None:
         return recorded
-    storage = checkpoint.path.parents[3]
     moved = run_directory(storage, record["stage"], record["fingerprint"]).checkpoints
     return moved / recorded.name if moved.exists() else recorded
 
@@ -91,7 +94,9 @@ def as_lines(link: Link) -> list[str]:
         lines.append(f"  {role} data {text}{skipped}, manifest {data['digest']}")
         lines.append(f"    raw data: {data['format']} layout in {data['source']}")
     if link.parent:
-        lines.append(f"  took the {state['parents'][0]['take']} of")
+        start = state["parents"][0]
+        named = f" {start['reference']}," if start.get("reference") else ""
+        lines.append(f"  took the {start['take']} of{named}")
         return lines + [f"    {line}" for line in as_lines(link.parent)]
     if link.broken:
         return [*lines, f"  chain broken: {link.broken}"]
@@ -112,6 +117,8 @@ def as_records(link: Link) -> list[dict[str, Any]]:
         "fingerprint": state["fingerprint"],
         "data": state["data"],
         "parents": state["parents"],
+        "overrides": state.get("overrides"),
+        "code": state.get("code"),
         "mlflow_run_id": link.run_id,
         "broken": link.broken,
     }

@@ -13,9 +13,11 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, TypeVar
 
-from orchestrator.files import read_json, write_json
+from orchestrator.bucket import hasty
+from orchestrator.files import append_text, read_json, write_json
 from orchestrator.runs.run import Run
 from orchestrator.runs.stop import Wish, asked_to_stop
 
@@ -27,7 +29,7 @@ _STOOD_STILL = (
     5.0  # seconds that a tick takes when the whole process was stopped (Ctrl-Z) and goes on
 )
 _RECENT = 10.0  # seconds since a checkpoint that a notice need not repeat
-_START = 3.0  # times as patient until the first step: reading, building, compiling
+START = 3.0  # times as patient until the first step: reading, building, compiling
 EXIT_HUNG = 70
 
 log = logging.getLogger(__name__)
@@ -54,14 +56,16 @@ class Liveness:
     def __init__(
         self, run: Run, rank: int, world: int, hang_after: float, notice: Callable[[], Wish] | None
     ) -> None:
-        self._run, self._rank, self._world = run, rank, world
+        self._run = Run(hasty(run.path))  # a storage that is away must not stop the watch
+        self._rank, self._world = rank, world
         self._hang_after = hang_after
         self._notice = notice
         self._attempt = run.read().get("attempts", 0)
         self._marks, self._step, self._doing = 0, 0, "starting"
-        self._patience = _START * hang_after
+        self._patience = START * hang_after
         self._moved_at = time.monotonic()
         self._first_marks = -1
+        self._away = False
         self._wish = Wish.NONE
         self._noticed_at: float | None = None
         self._saved_at = -math.inf
@@ -114,7 +118,7 @@ class Liveness:
 
     def builds(self) -> None:
         """A start, or one anew after a rollback: patience until the first step."""
-        self._patience = _START * self._hang_after
+        self._patience = START * self._hang_after
         self.alive("builds its parts")
 
     def started(self, step: int) -> None:
@@ -136,13 +140,20 @@ class Liveness:
                 if time.monotonic() - beaten >= every:
                     beaten = time.monotonic()
                     self._beat()
+                    self._away = False
                     if self._rank > 0:
                         self._look_at_first()
             except OSError as error:  # a storage that is away for a while
-                log.warning("heartbeat: %s", error)
+                self._tell(error)
             silence = time.monotonic() - self._moved_at
             if silence > self._patience:
                 self._end(silence)
+
+    def _tell(self, error: OSError) -> None:
+        """Once while a storage is away, or its disk full: every beat would fill the screen."""
+        if not self._away:
+            log.warning("heartbeats wait: %s", error)
+        self._away = True
 
     def _sleep(self) -> float | None:
         """Seconds that it took; None when the watch is over."""
@@ -198,7 +209,7 @@ class Liveness:
 
     def _dump(self, silence: float) -> None:
         name = f"attempt-{self._attempt}-rank-{self._rank:04d}.txt"
-        with (self._run.path / "stacks" / name).open("a", encoding="utf-8") as file:
+        with TemporaryFile("w+", encoding="utf-8") as file:
             file.write(
                 f"{time.strftime('%Y-%m-%d %H:%M:%S')} rank {self._rank} of {self._world} on "
                 f"{os.uname().nodename}, process {os.getpid()}: step {self._step} done, "
@@ -206,7 +217,8 @@ class Liveness:
             )
             file.flush()
             faulthandler.dump_traceback(file, all_threads=True)
-            file.write("\n")
+            file.seek(0)
+            append_text(self._run.path / "stacks" / name, f"{file.read()}\n")
 
     def _wait_for_others(self) -> list[Beat]:
         deadline = time.monotonic() + 2 * beat_every(self._hang_after) + 2

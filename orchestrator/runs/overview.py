@@ -3,6 +3,7 @@
 import difflib
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,9 +12,11 @@ from typing import Any
 from rich.box import SIMPLE
 from rich.table import Table
 
+from orchestrator.bucket import storage_path
 from orchestrator.errors import RunError
 from orchestrator.files import read_json
 from orchestrator.job.duration import as_time
+from orchestrator.runs.bill import Bill, read_bill
 from orchestrator.runs.record import HEADLINE, flatten
 from orchestrator.runs.run import Run, all_runs, read_journal
 
@@ -57,6 +60,22 @@ class Overview:
         """The last value of every metric."""
         return {k: v for entry in self.journal for k, v in entry["metrics"].items()}
 
+    @cached_property
+    def bill(self) -> Bill:
+        """What it has cost by now, over all its attempts."""
+        return read_bill(self.run)
+
+    @property
+    def stages(self) -> list[str]:
+        """Names of a pipeline's stages; none of a stage's run."""
+        return [stage["name"] for stage in self.record["job"].get("stages", ())]
+
+    @property
+    def progress(self) -> str:
+        """How far it is."""
+        steps = self.record.get("steps")
+        return f"step {self.step}/{steps}" if steps else f"{len(self.stages)} stages"
+
     @property
     def headline(self) -> str:
         """Name of the metric that its task is judged by."""
@@ -76,6 +95,7 @@ def overviews(storage: Path, stage: str | None = None) -> list[Overview]:
         RunError: no run of that stage; names the nearest.
     """
     found = [Overview(run) for run in all_runs(storage)]
+    read_ahead(found, "record")
     if stage is None:
         return found
     stages = sorted({one.record["stage"] for one in found})
@@ -87,19 +107,38 @@ def overviews(storage: Path, stage: str | None = None) -> list[Overview]:
     return [one for one in found if one.record["stage"] == stage]
 
 
+def read_ahead(found: Sequence[Overview], *names: str) -> None:
+    """Read something of many runs at the same time.
+
+    In a bucket each takes a round trip, and an owner on another machine is watched for seconds.
+    """
+    with ThreadPoolExecutor(32) as threads:
+        list(threads.map(lambda one: [getattr(one, name) for name in names], found))
+
+
 def find_run(target: str, storage: Path) -> Overview:
-    """The newest run of a stage, or the one of a directory, its name, or an MLflow run id.
+    """The newest run of a stage or pipeline, or the one of a directory, its name, an MLflow run id.
 
     Raises:
         RunError: no such run; names the nearest stage.
     """
-    path = Path(target).expanduser().absolute()
+    path = storage_path(target)
     if (path / "run.json").exists():
         return Overview(Run(path))
     for run in all_runs(storage):
         if run.path.name == target or (read_json(run.tracking) or {}).get("run_id") == target:
             return Overview(run)
+    for pipeline in all_runs(storage, "pipelines"):
+        if target in (pipeline.path.name, pipeline.read()["name"]):
+            return Overview(pipeline)
     return overviews(storage, target)[0]
+
+
+def members(pipeline: Overview, storage: Path) -> list[Overview]:
+    """The newest run of each stage of a pipeline that has one."""
+    found = [one for one in overviews(storage) if one.record["stage"] in pipeline.stages]
+    newest = {one.record["stage"]: one for one in reversed(found)}
+    return [newest[name] for name in pipeline.stages if name in newest]
 
 
 def best_first(found: Sequence[Overview], metric: str) -> list[Overview]:
@@ -108,6 +147,7 @@ def best_first(found: Sequence[Overview], metric: str) -> list[Overview]:
     Raises:
         RunError: none has it; names those there are.
     """
+    read_ahead(found, "journal")
     having = [one for one in found if metric in one.last]
     if not having:
         known = sorted({name for one in found for name in one.last if name.startswith("val/")})
@@ -118,8 +158,12 @@ def best_first(found: Sequence[Overview], metric: str) -> list[Overview]:
 def runs_table(found: Sequence[Overview], metric: str | None = None) -> Table:
     """A line for each run."""
     table = Table(box=SIMPLE)
-    for column in ("run", "state", "steps", "metric", "started from", "attempts", "updated"):
+    for column in (
+        *("run", "state", "steps", "metric", "started from"),
+        *("hours", "to pay", "attempts", "updated"),
+    ):
         table.add_column(column, overflow="fold")
+    read_ahead(found, "state", "journal", "bill")
     for one in found:
         record = one.record
         start = record.get("start")
@@ -130,10 +174,19 @@ def runs_table(found: Sequence[Overview], metric: str | None = None) -> Table:
             f"{one.step}/{record['steps']}",
             one.score if metric is None else f"{metric} {one.last[metric]:.4f}",
             origin,
+            one.bill.used,
+            one.bill.paid,
             str(record.get("attempts", 0)),
             f"{as_time(time.time() - record.get('updated', 0))} ago",
         )
     return table
+
+
+def pipeline_as_json(one: Overview, storage: Path) -> dict[str, Any]:
+    """A pipeline for programs."""
+    same = {field: one.record.get(field) for field in ("reason", "bill", "overrides", "updated")}
+    stages = [as_json(stage) for stage in members(one, storage)]
+    return {"pipeline": one.run.path.name, "state": one.state, **same, "stages": stages}
 
 
 def as_json(one: Overview) -> dict[str, Any]:
@@ -148,6 +201,10 @@ def as_json(one: Overview) -> dict[str, Any]:
         "attempts": record.get("attempts", 0),
         "metrics": one.last,
         "error": record.get("error"),
+        "reason": record.get("reason"),
+        "bill": one.bill.as_record(),
+        "overrides": record.get("overrides"),
+        "code": record.get("code"),
         "checkpoint": record.get("checkpoint"),
         "digest": record.get("digest"),
         "updated": record.get("updated"),
@@ -162,16 +219,16 @@ def wait(
     Raises:
         RunError: no such run, or still running after `timeout` seconds.
     """
-    began, told = time.monotonic(), -1
+    began, told = time.monotonic(), ""
     while True:
         one = find_run(target, storage)
         if one.state in ENDED:
             return one
-        if one.step != told:
-            told = one.step
-            tell(f"{one.run.path.name}: step {one.step}/{one.record['steps']}")
+        if one.progress != told:
+            told = one.progress
+            tell(f"{one.run.path.name}: {told}")
         if timeout is not None and time.monotonic() - began > timeout:
-            raise RunError(f"{one.run.path.name}: still running after {timeout:g} s, {one.step=}")
+            raise RunError(f"{one.run.path.name}: still running after {timeout:g} s, {told}")
         time.sleep(1)
 
 

@@ -1,9 +1,12 @@
 """What run records and checkpoints say of metrics, data and versions."""
 
 import math
+import os
 import platform
+import subprocess
 from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -51,6 +54,32 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), "machine": platform.machine()} | {
         package: _version(package) for package in packages
     }
+
+
+def code_record() -> dict[str, Any]:
+    """The code that runs, as `atrous submit` packed it or git knows it.
+
+    "commit" and "dirty" (whether files differ from it) are None outside of a checkout, "sha256"
+    where nothing was packed.
+    """
+    packed = os.environ.get("ATROUS_CODE_SHA256")
+    commit, dirty = os.environ.get("ATROUS_CODE_COMMIT"), os.environ.get("ATROUS_CODE_DIRTY") == "1"
+    here = Path(__file__)
+    # Where another project's environment has it, that project's git does not track it.
+    if packed is None and _git(here.parent, "ls-files", here.name):
+        commit = _git(here.parent, "rev-parse", "HEAD")
+        dirty = bool(_git(here.parent, "status", "--porcelain", "--untracked-files=no"))
+    known = {"commit": commit, "dirty": dirty if commit else None, "sha256": packed}
+    return {"version": _version("atrous")} | known
+
+
+def _git(place: Path, *arguments: str) -> str | None:
+    """What git says; None where it does not know the place, or is not there."""
+    command = ["git", "-C", str(place), *arguments]
+    try:
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def _version(package: str) -> str:

@@ -4,25 +4,25 @@ run.json        status, resolved job, start, data, result     (written whole at 
 journal.jsonl   one line of metrics per logged step
 events.jsonl    what befell the run, for people and the bill; never shortened
 checkpoints/    see `orchestrator.runs.checkpoint`
+artifacts/      pictures and tables of its evaluations, one folder for each kind
 tracking.json   what of the journal MLflow has; see `orchestrator.runs.tracking`
-lock            held by the process that drives the run
+owner.json      the process that drives the run; see `orchestrator.runs.lease`
 """
 
 import errno
-import fcntl
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from orchestrator.errors import RunError
+from orchestrator.bucket import BucketPath
 from orchestrator.files import read_json, sync, write_json
-
-_EVENTS = "events.jsonl"
+from orchestrator.runs import lease
 
 
 @dataclass(frozen=True)
@@ -46,12 +46,28 @@ class Run:
         """File of what the tracking server has of this run."""
         return self.path / "tracking.json"
 
+    @property
+    def artifacts(self) -> Path:
+        """Directory of folders with pictures and tables, for people."""
+        return self.path / "artifacts"
+
+    @property
+    def events_file(self) -> Path:
+        """File of the run's events."""
+        return self.path / "events.jsonl"
+
     def read(self) -> dict[str, Any]:
         """The record; empty before the first `update`."""
         return read_json(self.path / "run.json") or {}
 
     def update(self, **fields: Any) -> None:
-        """Change fields of the record. Only the driver that holds the lock does this."""
+        """Change fields of the record. Only the driver that owns the run does this.
+
+        Raises:
+            RunTakenOver: it no longer is the owner.
+            OSError: it cannot be written.
+        """
+        lease.check(self.path)
         self.path.mkdir(parents=True, exist_ok=True)
         write_json(self.path / "run.json", self.read() | fields | {"updated": time.time()})
 
@@ -59,10 +75,11 @@ class Run:
         """Add an event: `text` for people, if any, and fields for the bill.
 
         Raises:
+            RunTakenOver: this process was the owner, and no longer is.
             OSError: it cannot be written.
         """
-        event = {"kind": kind, "time": time.time(), "text": text} | fields
-        append_journal(self.path / _EVENTS, event)
+        lease.check(self.path)
+        append_journal(self.events_file, event(kind, text, **fields))
 
     def events(self) -> list[dict[str, Any]]:
         """All events, in order."""
@@ -79,62 +96,57 @@ class Run:
         Raises:
             RunError: another process drives it.
         """
+        name = f"{self.path.name}.{time.time_ns()}"
         with self.lock():
-            os.rename(self.path, self.path.with_name(f"{self.path.name}.{time.time_ns()}"))
+            if isinstance(self.path, BucketPath):
+                _move(self.path, self.path.with_name(name))
+            else:
+                os.rename(self.path, self.path.with_name(name))
 
     def is_driven(self) -> bool:
-        """Whether a process owns the run at this moment."""
-        try:
-            with (self.path / "lock").open() as file:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except FileNotFoundError:
-            return False
-        except BlockingIOError:
-            return True
-        return False
+        """Whether a process owns the run; takes seconds where that is on another machine."""
+        return lease.is_held(self.path)
 
     @contextmanager
-    def lock(self) -> Iterator[None]:
-        """Own the run; the kernel gives it up with the process, however that dies.
+    def lock(self, attach: Callable[[str], None] | None = None) -> Iterator[None]:
+        """Own the run; `attach`: where another does, tell of it, and wait until it no longer does.
 
         Raises:
             RunError: another process drives this run.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / "lock").open("a+") as file:
-            if not _acquire(file):
-                file.seek(0)
-                owner = file.read().strip() or "another process"
-                raise RunError(
-                    f"{self.path.name} is being trained by {owner}; wait for it or stop it"
-                )
-            file.truncate(0)
-            file.write(f"{_this_process()}\n")
-            file.flush()
+        with lease.hold(self.path, attach):
             yield
 
 
-def _this_process() -> str:
-    """Who and where this is, for people."""
-    metadata = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("metadata", {})
-    job = metadata.get("job_submission_id")
-    process = f"process {os.getpid()} on {os.uname().nodename}"
-    return f"Ray job {job} ({process})" if job else process
+def event(kind: str, text: str = "", **fields: Any) -> dict[str, Any]:
+    """What `Run.note` writes."""
+    return {"kind": kind, "time": time.time(), "text": text} | fields
+
+
+def _move(source: BucketPath, target: BucketPath) -> None:
+    """Move a run: whatever comes in between, it is whole at one of the places, and done at one."""
+    marks = ("manifest.json", "run.json")
+    paths = [path for path, _ in source.below() if path != lease.file_of(source)]
+    rest = [path for path in paths if path.name not in marks]
+    last = sorted(set(paths) - set(rest), key=lambda path: marks.index(path.name))
+    for path in (*rest, *last):
+        path.copy_to(target / path.relative_to(source))
+    for path in (*last, *rest):
+        path.unlink()
 
 
 class EventReader:
     """Reads a run's events as they come; a line that a power cut left in pieces is passed over."""
 
     def __init__(self, run: Run) -> None:
-        self._path = run.path / _EVENTS
+        self._path = run.events_file
         self._offset = 0
 
     def new(self) -> list[dict[str, Any]]:
         """Those since the last time."""
         try:
-            with self._path.open("rb") as file:
-                file.seek(self._offset)
-                text = file.read()
+            text = self._path.read_bytes()[self._offset :]
         except FileNotFoundError:
             return []
         whole = text[: text.rfind(b"\n") + 1]
@@ -146,37 +158,40 @@ class EventReader:
         return events
 
 
-def _acquire(file: IO[str]) -> bool:
-    """Lock a file, unless another process does; one that looks at the lock is soon gone."""
-    for _ in range(5):
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            time.sleep(0.05)
-        else:
-            return True
-    return False
-
-
 def run_directory(storage: Path, stage: str, fingerprint: str) -> Run:
     """The run of a stage with this fingerprint: the same job finds its own earlier work."""
     return Run(storage / "runs" / f"{stage}-{fingerprint[:12]}")
 
 
-def all_runs(storage: Path) -> list[Run]:
-    """Every run under `storage`, newest first."""
-    runs = [Run(path.parent) for path in (storage / "runs").glob("*/run.json")]
-    return sorted(runs, key=lambda run: run.read().get("created", 0), reverse=True)
+def all_runs(storage: Path, kind: str = "runs") -> list[Run]:
+    """Every run (or of "pipelines") under `storage`, newest first."""
+    paths = list((storage / kind).glob("*"))
+    with ThreadPoolExecutor(16) as threads:  # in a bucket each takes a round trip
+        records = list(threads.map(_record, paths))
+    found = [(record, path) for record, path in zip(records, paths, strict=True) if record]
+    found.sort(key=lambda pair: pair[0].get("created", 0), reverse=True)
+    return [Run(path) for _, path in found]
+
+
+def _record(path: Path) -> dict[str, Any] | None:
+    try:
+        return read_json(path / "run.json")
+    except NotADirectoryError:
+        return None
 
 
 def append_journal(path: Path, record: dict[str, Any]) -> None:
-    """Add one line, or nothing of it where the disk is full.
+    """Add one line, or nothing of it where the disk is full; in a bucket for what comes rarely.
 
     Raises:
         OSError: it cannot be written.
     """
+    line = as_line(record)
+    if isinstance(path, BucketPath):
+        path.append([line])
+        return
     with path.open("a+b", buffering=0) as file:
-        line, end = json.dumps(record).encode() + b"\n", file.tell()
+        end = file.tell()
         if end and os.pread(file.fileno(), 1, end - 1) != b"\n":
             line = b"\n" + line  # a power cut left a piece of a line
         try:
@@ -187,11 +202,20 @@ def append_journal(path: Path, record: dict[str, Any]) -> None:
             raise
 
 
+def as_line(record: dict[str, Any]) -> bytes:
+    """A record as it is written."""
+    return json.dumps(record).encode() + b"\n"
+
+
 def truncate_journal(path: Path, step: int) -> None:
     """Drop the records after `step`: the run goes on from there and writes them again."""
     kept = [line for line in _lines(path) if json.loads(line)["step"] <= step]
+    text = "".join(f"{line}\n" for line in kept)
+    if isinstance(path, BucketPath):
+        path.write_text(text)
+        return
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8")
     sync(temporary)
     os.replace(temporary, path)
 

@@ -13,17 +13,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from orchestrator.bucket import BucketPath
 from orchestrator.errors import RunTakenOver
 from orchestrator.files import read_json, sync, write_json
 from orchestrator.job.sections import Checkpoints
 from orchestrator.runs.checkpoint import delete_unfinished
 from orchestrator.runs.checkpoint_writer import CheckpointWriter, Contents
 from orchestrator.runs.record import Metrics
-from orchestrator.runs.run import Run, append_journal, truncate_journal
+from orchestrator.runs.run import Run, append_journal, as_line, event, truncate_journal
 
 log = logging.getLogger(__name__)
 
 _WRITER = "writer.json"
+# In a bucket lines are written together, after so long, and the longer the larger the file is.
+_SECONDS, _BYTES_PER_SECOND = 2.0, 256 << 10
 
 
 class Fence:
@@ -75,22 +78,33 @@ def _read(path: Path) -> dict[str, Any]:
     return content
 
 
-class Journal:
-    """A run's metrics; what a full disk does not take is kept and written with the next ones."""
+class Lines:
+    """A growing file of lines; what a full disk does not take is written with the next ones.
+
+    In a bucket, where nothing can be appended to an object, a thread writes it again as a whole, so
+    that training does not wait for it. Segments would save traffic, but this file is the same there
+    and on a disk: a prefix that is copied goes on anywhere, and readers need no listing.
+    """
 
     def __init__(self, path: Path, check: Callable[[], None]) -> None:
         self._path = path
         self._check = check
         self._unwritten: list[dict[str, Any]] = []
         self._lock = threading.Lock()
+        self._closed = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._taken_over: RunTakenOver | None = None
 
     def append(self, record: dict[str, Any]) -> None:
         """Add a line; an OSError is told, not raised."""
+        if self._taken_over:
+            raise self._taken_over
         self._unwritten.append(record)
-        try:
-            self._write()
-        except OSError as error:
-            log.warning("%s: kept for later, not written: %s", self._path, error)
+        if not isinstance(self._path, BucketPath):
+            self._try_to_write()
+        elif self._thread is None:
+            self._thread = threading.Thread(target=self._work, name=self._path.name, daemon=True)
+            self._thread.start()
 
     def sync(self) -> None:
         """Force all lines to disk: a checkpoint comes to be after the metrics of its steps.
@@ -101,12 +115,41 @@ class Journal:
         self._write()
         sync(self._path)
 
-    def _write(self) -> None:
+    def close(self) -> None:
+        """Write what is left."""
+        self._closed.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _work(self) -> None:
+        size = 0
+        try:
+            while not self._closed.wait(_SECONDS + size / _BYTES_PER_SECOND):
+                size = self._try_to_write() if self._unwritten else size
+            self._try_to_write()
+        except RunTakenOver as error:
+            self._taken_over = error
+
+    def _try_to_write(self) -> int:
+        try:
+            return self._write()
+        except OSError as error:
+            log.warning("%s: kept for later, not written: %s", self._path, error)
+            return 0
+
+    def _write(self) -> int:
+        """The size of an object in a bucket."""
         with self._lock:
             self._check()
+            if isinstance(self._path, BucketPath):
+                written = len(self._unwritten)
+                size = self._path.append([as_line(one) for one in self._unwritten[:written]])
+                del self._unwritten[:written]
+                return size
             while self._unwritten:
                 append_journal(self._path, self._unwritten[0])
                 del self._unwritten[0]
+            return 0
 
 
 class RunWriter:
@@ -117,7 +160,8 @@ class RunWriter:
         self._run = run
         self._fence = Fence(run, attempt)
         delete_unfinished(run.checkpoints)
-        self._journal = Journal(run.journal, self._fence.check)
+        self._journal = Lines(run.journal, self._fence.check)
+        self._events = Lines(run.events_file, self._fence.check)
         self._checkpoints = CheckpointWriter(
             run.checkpoints, settings, self._journal.sync, self._tell
         )
@@ -128,6 +172,8 @@ class RunWriter:
     def __exit__(self, *_: object) -> None:
         """Wait until nothing is being written any more."""
         self._checkpoints.close()
+        self._journal.close()
+        self._events.close()
 
     def check(self) -> None:
         """Called before others change the run directory; raises as `Fence.check`."""
@@ -153,11 +199,7 @@ class RunWriter:
 
     def note(self, kind: str, text: str = "", **fields: Any) -> None:
         """Add an event; an OSError is told, not raised."""
-        try:
-            self._fence.check()
-            self._run.note(kind, text, **fields)
-        except OSError as error:
-            log.warning("%s: %s", self._run.path, error)
+        self._events.append(event(kind, text, **fields))
 
     def _tell(self, text: str) -> None:
         log.warning("%s", text)

@@ -6,12 +6,13 @@ start_from names, random initialisation.
 
 import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from orchestrator.bucket import BucketPath, storage_path
 from orchestrator.errors import CheckpointError
-from orchestrator.files import sha256
+from orchestrator.files import local_copy, sha256
 from orchestrator.job.config import StageSettings
 from orchestrator.job.sections import StartFrom
 from orchestrator.runs.checkpoint import (
@@ -22,6 +23,7 @@ from orchestrator.runs.checkpoint import (
     read_checkpoint,
 )
 from orchestrator.runs.foreign import fetch_weights, is_foreign
+from orchestrator.runs.references import find_reference, is_reference
 from orchestrator.runs.run import Run, all_runs
 
 if TYPE_CHECKING:
@@ -44,11 +46,26 @@ class Start:
     fingerprint: str | None = None
     class_names: tuple[str, ...] | None = None
     origin: str | None = None  # where weights that are no checkpoint of ours came from
+    reference: str | None = None  # MLflow's lasting name of it, where the job file gave one
 
     @property
     def place(self) -> str:
         """Where the weights come from, as the user named it."""
-        return self.origin or self.weights
+        return self.origin or self.reference or self.weights
+
+    def file(self) -> Path:
+        """The weights on this machine.
+
+        Raises:
+            CheckpointError: they changed since they were resolved.
+        """
+        path = storage_path(self.weights)
+        try:
+            return local_copy(path, self.digest)
+        except ValueError:
+            raise CheckpointError(
+                f"{path}: changed since the run was planned; start it again"
+            ) from None
 
     def as_json(self) -> dict[str, Any]:
         """For run.json and state.json."""
@@ -101,31 +118,45 @@ def resolve_start(
     wanted = stage.start_from
     if wanted is None:
         return None
-    place, path = wanted.checkpoint, Path(wanted.checkpoint).expanduser().absolute()
+    place, path = wanted.checkpoint, storage_path(wanted.checkpoint)
     if place in results and wanted.which == "last":
         return _start(results[place], wanted, stage.task)
     if place in results:
         return _from_run(results[place].path.parent, wanted, stage.task)
-    single = is_foreign(place) or ("/" in place and (path / WEIGHTS).exists())
+    outside = is_foreign(place) or is_reference(place)
+    single = outside or ("/" in place and (path / WEIGHTS).exists())
     if single and wanted.which == "best":
         raise CheckpointError(
-            f"start_from: which: best: {place} is not the run of a stage, of which there are many "
-            "checkpoints; leave which out"
+            f"start_from: which: best: {place} is one checkpoint, not a stage or its directory of "
+            "them; leave which out"
         )
     if is_foreign(place):
         return _from_elsewhere(stage, wanted, storage)
+    if is_reference(place):
+        return _from_reference(stage, wanted, storage)
     if "/" in place:
         return _start(read_checkpoint(path), wanted, None) if single else _from_run(path, wanted)
     return _from_stage(stage, wanted, storage)
 
 
+def _from_reference(stage: StageSettings, wanted: StartFrom, storage: Path) -> Start:
+    try:
+        checkpoint, lasting = find_reference(wanted.checkpoint, storage)
+    except CheckpointError as error:
+        raise CheckpointError(f"start_from: {error}") from None
+    return replace(_start(checkpoint, wanted, stage.task), reference=lasting)
+
+
 def _from_elsewhere(stage: StageSettings, wanted: StartFrom, storage: Path) -> Start:
     weights = fetch_weights(wanted.checkpoint, stage.model, stage.task, storage)
+    # In a bucket it has its sha256 as its name.
+    digest = weights.stem if isinstance(weights, BucketPath) else sha256(weights)
+    file = local_copy(weights, digest)
     # Ours, or a TensorFlow one under our names, and with its head; others fit as backbones.
-    whole = any(name.endswith("aspp.branch0.conv.weight") for name in read_shapes(weights))
+    whole = any(name.endswith("aspp.branch0.conv.weight") for name in read_shapes(file))
     return Start(
         weights=str(weights),
-        digest=sha256(weights),
+        digest=digest,
         take=wanted.take or ("network" if whole else "backbone"),
         origin=wanted.checkpoint,
     )
@@ -272,9 +303,10 @@ def apply_hand_over(
     import torch
     from safetensors.torch import load_file
 
-    if sha256(Path(start.weights)) != start.digest:
+    file = start.file()
+    if sha256(file) != start.digest:
         raise CheckpointError(f"{start.weights}: changed since the run was planned; start it again")
-    source = load_file(start.weights)
+    source = load_file(file)
     own = network.state_dict()
     plan = plan_hand_over(
         {name: tuple(tensor.shape) for name, tensor in own.items()},

@@ -6,58 +6,51 @@ tracking server that is down delays what it shows and nothing else.
 
 import json
 import logging
-import os
-import shlex
-import shutil
-import sys
+import math
 import threading
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from orchestrator.errors import CheckpointError
 from orchestrator.files import read_json, write_json
-from orchestrator.runs.checkpoint import Checkpoint, checkpoint_paths, read_checkpoint
+from orchestrator.runs.checkpoint import MANIFEST, checkpoint_paths
+from orchestrator.runs.lineage import parent_path
 from orchestrator.runs.record import flatten
+from orchestrator.runs.registry import (
+    CHECKPOINT,
+    DIGEST,
+    RUN,
+    STORAGE,
+    log_models,
+    register_result,
+)
 from orchestrator.runs.run import Run, read_journal
+from orchestrator.runs.server import (
+    connect,
+    creation,
+    experiment_id,
+    first_line,
+    has_run,
+    metric_name,
+    send_metrics,
+    tracking_uri,
+)
 
 log = logging.getLogger(__name__)
 
-EXPERIMENT = "atrous"
-_EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # the view it opens in
 _ENDED = {"finished": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
-_EVERY = 1.0  # seconds between looks at a run
-_BATCH = 1000  # metrics of one request; a server's limit
+_EVERY = 2.0  # seconds between looks at a run
 _PARAMS_BATCH = 100  # parameters of one request; a server's limit
-_creation = threading.Lock()  # one thread at a time creates the database, the experiment, a parent
-
-
-def tracking_uri(storage: Path) -> str:
-    """MLFLOW_TRACKING_URI, else an SQLite file in the storage."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{storage / 'mlflow.db'}"
-
-
-def ui_command(uri: str) -> str | None:
-    """The command that serves an embedded database; None for a server, which has its own page."""
-    return None if uri.startswith("http") else f"{program('mlflow')} ui --backend-store-uri '{uri}'"
-
-
-def program(name: str) -> str:
-    """How to call a program of this environment in the user's shell."""
-    if shutil.which(name):
-        return name
-    return shlex.quote(str(Path(sys.executable).with_name(name)))
-
-
-def run_link(uri: str, record: dict[str, Any]) -> str:
-    """Address of a run's page."""
-    base = uri.rstrip("/") if uri.startswith("http") else "http://127.0.0.1:5000"
-    return f"{base}/#/experiments/{record['experiment_id']}/runs/{record['run_id']}"
+_CREATED = "atrous.created"
 
 
 def is_tracked(run: Run) -> bool:
-    """Whether MLflow has all of a run that has ended."""
+    """Whether the MLflow of its storage has all of a run that has ended."""
     record = read_json(run.tracking) or {}
-    return record.get("status") is not None and record.get("status") == run.read().get("status")
+    status, uri = record.get("status"), record.get("uri")
+    if status is None or status != run.read().get("status"):
+        return False
+    return uri == tracking_uri(run.path.parents[1]) and has_run(uri, record["run_id"])
 
 
 class Tracker:
@@ -70,10 +63,16 @@ class Tracker:
         self._uri = tracking_uri(storage)
         self._closing = threading.Event()
         self._complete = False
+        self._progress = ""
         self._thread = threading.Thread(
             target=self._work, name=f"track {run.path.name}", daemon=True
         )
         self._thread.start()
+
+    @property
+    def run(self) -> Run:
+        """The run that is mirrored."""
+        return self._run
 
     def close(self) -> None:
         """Send the rest; what the server does not take stays in the journal, and that is said."""
@@ -96,49 +95,48 @@ class Tracker:
                 delay, self._complete = _EVERY, closing
             except Exception as error:  # anything a store or the network can raise
                 if delay == _EVERY:
-                    log.warning("MLflow at %s: %s", self._uri, _first_line(error))
+                    log.warning("MLflow at %s: %s", self._uri, first_line(error))
                 delay = min(60.0, delay * 2)
 
     def _synchronise(self) -> None:
-        client = self._client()
+        client = connect(self._uri)
         record = self._record(client)
-        self._send_metrics(client, record)
-        run = self._run.read()
+        run = self._run.read()  # before the journal: of a run that has ended, that is whole
+        self._send_metrics(client, record, run)
         status = run.get("status")
         if status in _ENDED and record.get("status") != status:
-            if status == "finished" and "stage" in run:
-                _log_models(client, record, self._run)
-            _log_bill(client, record["run_id"], run)
-            client.set_terminated(record["run_id"], _ENDED[status])
+            self._send_end(client, record, run)
+            ended = int(run["updated"] * 1000)  # it may have been long ago
+            client.set_terminated(record["run_id"], _ENDED[status], ended)
             self._write(record | {"status": status})
 
-    def _client(self) -> Any:
-        os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
-        # A server that does not answer is tried again later; MLflow itself would try for minutes.
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
-        with _creation:
-            import mlflow
+    def _send_end(self, client: Any, record: dict[str, Any], run: dict[str, Any]) -> None:
+        """What is known only once a run has ended."""
+        from mlflow.entities import RunTag
 
-            client = mlflow.MlflowClient(tracking_uri=self._uri)
-            if client.get_experiment_by_name(EXPERIMENT) is None:
-                embedded = self._uri.startswith("sqlite:")
-                artifacts = (self._storage / "mlartifacts").as_uri() if embedded else None
-                client.create_experiment(EXPERIMENT, artifacts, tags=_EXPERIMENT_TAGS)
-            return client
+        _log_artifacts(client, record["run_id"], self._run)
+        _log_bill(client, record, run)
+        if run["status"] != "finished" or "stage" not in run:
+            return
+        result = (self._run.path / run["checkpoint"]).relative_to(self._storage).as_posix()
+        tags = [RunTag(CHECKPOINT, result), RunTag(DIGEST, run["digest"])]
+        client.log_batch(record["run_id"], tags=tags)
+        models = log_models(client, record, self._run, self._storage)
+        if result in models:
+            register_result(client, record["run_id"], self._run, models[result])
 
     def _record(self, client: Any) -> dict[str, Any]:
         """tracking.json, after making sure that the run exists at this server."""
-        with _creation:
-            record = read_json(self._run.tracking)
-            if record is not None and record["uri"] == self._uri:
+        with creation:
+            record: dict[str, Any] = read_json(self._run.tracking) or {}
+            if record.get("uri") == self._uri and has_run(self._uri, record["run_id"]):
                 if record.get("status") not in (None, "finished"):  # failed before, runs again
                     client.update_run(record["run_id"], status="RUNNING")
                     record = self._write(record | {"status": None})
                 return record
         parent = self._parent._record(client) if self._parent else None
-        with _creation:
-            experiment = client.get_experiment_by_name(EXPERIMENT).experiment_id
+        with creation:
+            experiment = experiment_id(client, self._uri, self._storage)
             run_id = self._find(client, experiment) or self._create(client, experiment, parent)
             self._describe(client, run_id)
             return self._write(
@@ -150,65 +148,117 @@ class Tracker:
         return record
 
     def _find(self, client: Any, experiment: str) -> str | None:
-        """A run created by an attempt that was killed before it could write tracking.json."""
+        """A run created by a killed attempt before it wrote tracking.json, or before a move."""
+        own = self._identity()
         found = client.search_runs(
-            [experiment], f"tags.`atrous.run` = '{self._run.path}'", max_results=1
+            [experiment],
+            " and ".join(f"tags.`{name}` = '{value}'" for name, value in own.items()),
+            max_results=1,
         )
         return found[0].info.run_id if found else None
 
+    def _identity(self) -> dict[str, str]:
+        """What tells this run from all others, wherever the storage lies."""
+        path = self._run.path.relative_to(self._storage).as_posix()
+        return {RUN: path, _CREATED: repr(self._run.read()["created"])}
+
     def _create(self, client: Any, experiment: str, parent: dict[str, Any] | None) -> str:
         run = self._run.read()
-        tags = _tags(run, self._run) | ({"mlflow.parentRunId": parent["run_id"]} if parent else {})
-        return client.create_run(experiment, tags=tags, run_name=run["name"]).info.run_id
+        tags = self._identity() | {STORAGE: str(self._storage)} | _tags(run, self._storage)
+        if parent:
+            tags["mlflow.parentRunId"] = parent["run_id"]
+        began = int(run["created"] * 1000)
+        return client.create_run(experiment, began, tags, run["name"]).info.run_id
 
     def _describe(self, client: Any, run_id: str) -> None:
         """Job file and data of a run; can be repeated, since a kill may come in between."""
         from mlflow.entities import Param
 
         run = self._run.read()
-        params = [Param(key, str(value)[:6000]) for key, value in flatten(run["job"])]
+        # A run that went on with, say, other workers: MLflow refuses another value.
+        known = client.get_run(run_id).data.params
+        values = ((key, value) for key, value in flatten(run["job"]) if key not in known)
+        params = [Param(key, str(value)[:6000]) for key, value in values]
         for start in range(0, len(params), _PARAMS_BATCH):
             client.log_batch(run_id, params=params[start : start + _PARAMS_BATCH])
         if "data" in run:
             client.log_inputs(run_id, datasets=[_dataset(*item) for item in run["data"].items()])
         client.log_dict(run_id, run["job"], "job.yaml")
 
-    def _send_metrics(self, client: Any, record: dict[str, Any]) -> None:
+    def _send_metrics(self, client: Any, record: dict[str, Any], run: dict[str, Any]) -> None:
+        """Send what a checkpoint covers: a run never goes back behind it, and writes no other.
+
+        MLflow cannot delete points. Of what lies after it a tag tells the newest.
+        """
         from mlflow.entities import Metric
 
+        # In this order: what is then in the journal up to this step is what the checkpoint covers.
+        durable = math.inf if run.get("status") == "finished" else _durable_step(self._run)
+        lines = read_journal(self._run.journal, after=record["sent_step"])
+        due = [line for line in lines if line["step"] <= durable]
         points = [
-            Metric(key, value, int(line["time"] * 1000), line["step"])
-            for line in read_journal(self._run.journal, after=record["sent_step"])
+            Metric(metric_name(key), value, int(line["time"] * 1000), line["step"])
+            for line in due
             for key, value in line["metrics"].items()
         ]
-        for start in range(0, len(points), _BATCH):
-            client.log_batch(record["run_id"], metrics=points[start : start + _BATCH])
-        if points:
-            record["sent_step"] = points[-1].step
+        send_metrics(client, record["run_id"], points)
+        if due:
+            record["sent_step"] = due[-1]["step"]
             self._write(record)
+        if lines and (progress := _progress(lines[-1], run)) != self._progress:
+            client.set_tag(record["run_id"], "atrous.progress", progress)
+            self._progress = progress
 
 
-def _tags(run: dict[str, Any], directory: Run) -> dict[str, str]:
+def _durable_step(run: Run) -> int:
+    """Step of the newest complete checkpoint."""
+    complete = (path for path in checkpoint_paths(run.checkpoints) if (path / MANIFEST).exists())
+    newest = next(complete, None)
+    return int(newest.name.removeprefix("step-")) if newest else 0
+
+
+def _progress(line: dict[str, Any], run: dict[str, Any]) -> str:
+    values = [
+        f"{name} {line['metrics'][name]:.4g}"
+        for name in ("train/loss", "train/images_per_second")
+        if name in line["metrics"]
+    ]
+    return ", ".join([f"step {line['step']} of {run.get('steps')}", *values])
+
+
+def _tags(run: dict[str, Any], storage: Path) -> dict[str, str]:
     tags = {
-        "atrous.run": str(directory.path),
-        "atrous.kind": "stage" if "stage" in run else "pipeline",
+        "atrous.kind": "stage" if "stage" in run else run["job"]["kind"],
         "atrous.fingerprint": run["fingerprint"],
     }
     if "stage" in run:
         tags |= {"atrous.stage": run["stage"], "atrous.task": run["job"]["task"]}
+    commit = run.get("code", {}).get("commit")
+    if commit:
+        tags["mlflow.source.git.commit"] = commit
     start = run.get("start")
     if start:
-        tags |= {
-            "atrous.start_from.checkpoint": str(Path(start["weights"]).parent),
-            "atrous.start_from.digest": start["digest"],
-            "atrous.start_from.take": start["take"],
-        }
-        if start["stage"]:
-            tags["atrous.start_from.stage"] = start["stage"]
-        parent = read_json(Path(start["weights"]).parents[2] / "tracking.json")
-        if parent:
-            tags["atrous.start_from.run_id"] = parent["run_id"]
+        tags |= _start_tags(start, storage)
     return tags
+
+
+def _start_tags(start: dict[str, Any], storage: Path) -> dict[str, str]:
+    """Where a stage's weights came from, by digest, and by the names that led there."""
+    checkpoint = parent_path(start, storage)
+    inside = checkpoint.is_relative_to(storage)
+    parent = read_json(Run(checkpoint.parents[1]).tracking) if start["stage"] else None
+    tags = {
+        "atrous.start_from.checkpoint": str(
+            checkpoint.relative_to(storage) if inside else checkpoint
+        ),
+        "atrous.start_from.digest": start["digest"],
+        "atrous.start_from.take": start["take"],
+        "atrous.start_from.stage": start["stage"],
+        "atrous.start_from.reference": start.get("reference"),
+        "atrous.start_from.origin": start["origin"],
+        "atrous.start_from.run_id": parent["run_id"] if parent else None,
+    }
+    return {name: value for name, value in tags.items() if value is not None}
 
 
 def _dataset(role: str, record: dict[str, Any]) -> Any:
@@ -226,62 +276,23 @@ def _dataset(role: str, record: dict[str, Any]) -> Any:
     return DatasetInput(dataset, [InputTag("mlflow.data.context", context)])
 
 
-def _log_bill(client: Any, run_id: str, run: dict[str, Any]) -> None:
-    """What an ended run has cost, as metrics of its last moment; can be repeated."""
+def _log_artifacts(client: Any, run_id: str, run: Run) -> None:
+    """Pictures and tables of a run; can be repeated."""
+    for path in sorted(run.artifacts.glob("*/*")):
+        with TemporaryDirectory() as folder:  # MLflow sends files of this machine
+            copy = Path(folder) / path.name
+            copy.write_bytes(path.read_bytes())
+            client.log_artifact(run_id, str(copy), path.parent.name)
+
+
+def _log_bill(client: Any, record: dict[str, Any], run: dict[str, Any]) -> None:
+    """What a run has cost by now, as metrics of its last step; can be repeated."""
     from mlflow.entities import Metric
 
     when = int(run["updated"] * 1000)
     points = [
-        Metric(f"bill/{name}".replace(" ", "_"), value, when, run.get("steps", 0))
+        Metric(metric_name(f"bill/{name}".replace(" ", "_")), value, when, record["sent_step"])
         for name, value in flatten(run.get("bill", {}))
         if value is not None
     ]
-    client.log_batch(run_id, metrics=points)
-
-
-def _log_models(client: Any, record: dict[str, Any], run: Run) -> None:
-    """One LoggedModel for each kept checkpoint; a checkpoint that has one is passed over."""
-    from mlflow.entities import LoggedModelOutput
-
-    outputs = []
-    for path in reversed(checkpoint_paths(run.checkpoints)):
-        try:
-            checkpoint = read_checkpoint(path, verify=False)
-        except CheckpointError:
-            continue  # not a checkpoint, so not a kept one
-        if not client.search_logged_models(
-            [record["experiment_id"]], f"tags.`atrous.checkpoint` = '{path}'", max_results=1
-        ):
-            model_id = _log_model(client, record, checkpoint)
-            outputs.append(LoggedModelOutput(model_id, checkpoint.step))
-    if outputs:
-        client.log_outputs(record["run_id"], outputs)
-
-
-def _log_model(client: Any, record: dict[str, Any], checkpoint: Checkpoint) -> str:
-    state = checkpoint.state
-    model = client.create_logged_model(
-        record["experiment_id"],
-        name=f"{state['stage']}-step-{checkpoint.step}".replace(".", "_"),
-        source_run_id=record["run_id"],
-        tags={"atrous.checkpoint": str(checkpoint.path), "atrous.digest": checkpoint.digest},
-        params={key: str(value) for key, value in flatten(state["model"], "model")},
-        model_type=state["task"],
-    )
-    val = state["data"]["val"]
-    for key, value in state["metrics"].items():
-        client.log_metric(
-            record["run_id"],
-            key,
-            value,
-            step=checkpoint.step,
-            model_id=model.model_id,
-            dataset_name=f"{val['dataset']}/{val['split']}",
-            dataset_digest=val["digest"][:32],
-        )
-    client.finalize_logged_model(model.model_id, "READY")
-    return model.model_id
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:200]
+    send_metrics(client, record["run_id"], points)

@@ -17,14 +17,15 @@ class MovingAverage:
     def __init__(self, network: nn.Module, decay: float) -> None:
         self._network = network
         self._decay = decay
-        self._parameters = dict(network.named_parameters())
+        self._parameters: dict[str, Tensor] = dict(network.named_parameters())
         self._averages = {name: p.detach().clone() for name, p in self._parameters.items()}
 
+    @torch.no_grad()
     def update(self, step: int) -> None:
         """Take in the parameters after step `step` (from 0)."""
         decay = min(self._decay, (1 + step) / (10 + step))
-        parameters = [parameter.detach() for parameter in self._parameters.values()]
-        torch._foreach_lerp_(list(self._averages.values()), parameters, 1 - decay)
+        averages, parameters = list(self._averages.values()), list(self._parameters.values())
+        torch._foreach_lerp_(averages, parameters, 1 - decay)
 
     def restart(self) -> None:
         """Begin anew from the network's parameters, which were replaced."""

@@ -26,10 +26,11 @@ def evaluate(
     split: Dataset,
     place: Place,
     alive: Callable[[str], None] = lambda _: None,
+    see: Callable[[EvalSample, torch.Tensor], None] = lambda *_: None,
 ) -> dict[str, float]:
     """Evaluate a whole split, each worker its part, on the network without DDP around it.
 
-    `alive` is told of every sample.
+    `alive` is told of every sample, `see` of every segmentation (H, W) of this worker.
     """
     manifest = split.manifest
     new_metrics = partial(make_metrics, stage.task, manifest.class_names, manifest.ignore_label)
@@ -50,7 +51,7 @@ def evaluate(
     samples = _told(loader, alive)
     with place.autocast(), torch.no_grad():
         if isinstance(network, DeepLab):
-            _segment(network, samples, metrics, stage, place.device)
+            _segment(network, samples, metrics, stage, place.device, see)
         else:
             _classify(network, samples, metrics, stage.evaluate.batch, place.device)
     network.set_output_stride(trained_stride)
@@ -70,6 +71,7 @@ def _segment(
     metrics: Metrics,
     stage: StageSettings,
     device: torch.device,
+    see: Callable[[EvalSample, torch.Tensor], None],
 ) -> None:
     """Add the predictions of whole images, padded to the crop (None: to their own aligned size).
 
@@ -90,6 +92,7 @@ def _segment(
         for sample, prediction in zip(group, predictions, strict=True):
             height, width = sample.label.shape
             metrics.update(prediction[:height, :width], sample.label)
+            see(sample, prediction[:height, :width])
 
 
 def _classify(

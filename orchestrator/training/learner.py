@@ -49,10 +49,12 @@ class Learner:
         self._loss = loss
         self._meters = meters
         self._asked_to_stop = asked_to_stop
-        self._compile()
+        self._ready_to_train()
         self._distributed = place.distribute(state.network)
         groups = state.optimizer.param_groups
         self._parameters = [parameter for group in groups for parameter in group["params"]]
+        # A GPU is read a step later: it has long computed it by then and never waits for the host.
+        self._lag = int(place.device.type == "cuda")
         self._unread: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
         self.must_save = self.must_stop = False
 
@@ -70,11 +72,7 @@ class Learner:
         place, state = self._place, self._state
         for group in state.optimizer.param_groups:
             group["lr"] = rate * group["lr_multiplier"]
-        state.network.train()
-        if self._stage.model.batch_norm.frozen:
-            freeze_batch_norm(state.network)
-        images = batch.images.to(place.device, non_blocking=True)
-        labels = batch.labels.to(place.device, non_blocking=True)
+        images, labels = place.bring(batch.images), place.bring(batch.labels)
         # Near the count, which is known only afterwards: keeps gradients in float16's range.
         expected = labels[0].numel() * self._stage.global_batch
         total, count = self._backward(images, labels, step, place.world / expected)
@@ -127,16 +125,14 @@ class Learner:
         return norm
 
     def _note(self, step: int, agreed: Tensor) -> None:
-        """Remember what was agreed; read it at once on a CPU, a step later on a GPU.
-
-        A GPU has long computed it by then and never waits for the host.
-        """
+        """Remember what was agreed, and read what is due."""
         event = None
         if agreed.is_cuda:
-            agreed, event = agreed.to("cpu", non_blocking=True), torch.cuda.Event()
+            agreed = agreed.to("cpu", non_blocking=True)
+            event = torch.cuda.Event(blocking=True)  # waiting leaves the processor to the loader
             event.record()
         self._unread.append((step, agreed, event))
-        while len(self._unread) > (event is not None):
+        while len(self._unread) > self._lag:
             self._read_one()
 
     def _read_one(self) -> None:
@@ -160,7 +156,7 @@ class Learner:
         return due
 
     def settle(self) -> None:
-        """Make sure that the steps so far were finite; every worker calls it before they are kept.
+        """Make sure that the steps so far were finite; every worker calls it before it tells.
 
         Raises:
             NonFiniteError: as `update`.
@@ -169,7 +165,8 @@ class Learner:
             self._read_one()
 
     def read(self) -> Metrics:
-        """Metrics of the numerics themselves: float16's loss scale."""
+        """Metrics of the numerics themselves, float16's loss scale, after `settle`."""
+        self.settle()
         scaler = self._state.scaler
         return {"train/loss_scale": scaler.get_scale()} if scaler.is_enabled() else {}
 
@@ -186,9 +183,13 @@ class Learner:
             if self._state.average:
                 stack.enter_context(self._state.average.in_the_network())
             yield
-        self._compile()
+        self._ready_to_train()
 
-    def _compile(self) -> None:
-        """Compile the blocks; again after an evaluation, for which timm's may be built anew."""
+    def _ready_to_train(self) -> None:
+        """Set modes and compile; again after an evaluation, for which timm's may be built anew."""
+        network = self._state.network
+        network.train()
+        if self._stage.model.batch_norm.frozen:
+            freeze_batch_norm(network)
         if self._stage.compile:
-            compile_blocks(self._state.network)
+            compile_blocks(network)

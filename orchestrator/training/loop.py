@@ -33,8 +33,8 @@ class Training:
     must_stop: Callable[[], bool]  # the same on every worker
 
 
-def train(run: Training) -> int:
-    """Train from step `start` to `steps`, or until it must stop; the number of steps done then."""
+def train(run: Training) -> None:
+    """Train from step `start` to `steps`, or until it must stop."""
     for step in range(run.start, run.steps):
         batch = next(run.batches)
         if batch is not None:
@@ -55,5 +55,4 @@ def train(run: Training) -> int:
         if run.must_save() or is_time(done, run.checkpoint_every, run.steps):
             run.save(done, evaluation)
         if stop:
-            return done
-    return run.steps
+            return

@@ -47,20 +47,23 @@ def _factor(
             return lambda step: config.decay ** sum(step >= m for m in milestones)
 
 
-def make_optimizer(
-    config: Sgd | AdamW, groups: list[dict[str, Any]], *, fused: bool = False
-) -> "torch.optim.Optimizer":
+def make_optimizer(config: Sgd | AdamW, groups: list[dict[str, Any]]) -> "torch.optim.Optimizer":
     """The optimizer over parameter groups that carry their own weight decay.
 
-    `fused`: one kernel for all parameters (GPUs), which also reads float16's overflow on the GPU.
+    Fused: it reads float16's overflow on the GPU itself, and takes half the time on a CPU.
     """
     import torch
 
     if isinstance(config, AdamW):
         betas, eps = config.betas, config.eps
-        return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=eps, fused=fused)
+        return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=eps, fused=True)
     momentum, nesterov = config.momentum, config.nesterov
-    return torch.optim.SGD(groups, lr=config.lr, momentum=momentum, nesterov=nesterov, fused=fused)
+    sgd = torch.optim.SGD(groups, lr=config.lr, momentum=momentum, nesterov=nesterov, fused=True)
+    if momentum:
+        # Torch would begin from whatever the memory held where float16 passes over the first step.
+        for parameter in (p for group in sgd.param_groups for p in group["params"]):
+            sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return sgd
 
 
 def moments(config: Sgd | AdamW) -> int:

@@ -34,6 +34,15 @@ class Place:
         dist.all_gather_object(values, value)
         return values
 
+    def bring(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor of the loader, on this device.
+
+        It goes to a GPU from pinned memory: from any other the host waits for the step before.
+        """
+        if self.device.type == "cuda":
+            tensor = tensor.pin_memory()
+        return tensor.to(self.device, non_blocking=True)
+
     def share_buffers(self, network: torch.nn.Module) -> None:
         """Give every worker the first one's running statistics, which are the ones checkpointed."""
         if self.world > 1:

@@ -74,7 +74,7 @@ def make_state(network: Network, stage: StageSettings, place: Place) -> TrainSta
     groups = parameter_groups(network, config.weight_decay, config.lr_multipliers)
     return TrainState(
         network=network,
-        optimizer=make_optimizer(config, groups, fused=place.device.type == "cuda"),
+        optimizer=make_optimizer(config, groups),
         scaler=torch.amp.GradScaler(
             place.device.type, enabled=place.autocast_dtype == torch.float16
         ),

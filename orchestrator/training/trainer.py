@@ -13,12 +13,12 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.config import LoggingConfig
 
 from orchestrator.job.sections import Cluster
-from orchestrator.runs.liveness import Liveness
+from orchestrator.runs.liveness import START, Liveness
 from orchestrator.runs.run import Run
 from orchestrator.runs.stop import Wish
 
-# The workers' own watch comes first: it writes stacks. Seconds that Ray and torch wait longer.
-WATCH_FIRST = 60
+# The workers' own watch comes first: it writes stacks. Seconds that torch waits longer.
+_WATCH_FIRST = 60
 _RESERVE = 30.0  # seconds, at most, for the last checkpoint before a node goes
 _terminated = threading.Event()
 
@@ -101,7 +101,7 @@ def make_trainer(
     return TorchTrainer(
         worker,
         train_loop_config=dict(assignment),
-        torch_config=_Config(timeout_s=math.ceil(cluster.hang_after) + WATCH_FIRST),
+        torch_config=_Config(timeout_s=math.ceil(START * cluster.hang_after) + _WATCH_FIRST),
         scaling_config=ScalingConfig(
             num_workers=workers if isinstance(workers, int) else tuple(workers),
             use_gpu=cluster.gpus_per_worker > 0,

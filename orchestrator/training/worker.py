@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import ray.train
@@ -19,18 +18,20 @@ from data_pipeline.plan import slots_of_rank
 from model.allocator import keep_freed_memory
 from model.build import Network, build_network
 from model.sync_batch_norm import synchronize_batch_norm
+from orchestrator.bucket import storage_path
 from orchestrator.errors import NonFiniteError
 from orchestrator.files import digest, read_json
 from orchestrator.job.config import StageSettings
 from orchestrator.job.duration import to_steps
 from orchestrator.job.sections import Cluster
-from orchestrator.runs.checkpoint import Checkpoint, newest_checkpoint
+from orchestrator.runs.checkpoint import Checkpoint, newest_checkpoint, read_checkpoint
 from orchestrator.runs.checkpoint_writer import Contents
 from orchestrator.runs.liveness import Liveness
 from orchestrator.runs.record import Metrics, data_record, versions
 from orchestrator.runs.run import Run
 from orchestrator.runs.run_writer import RunWriter
 from orchestrator.runs.start import Start, apply_hand_over
+from orchestrator.training.artifacts import Predictions, keep_artifacts, split_classes
 from orchestrator.training.bad_samples import BadSampleMeter
 from orchestrator.training.evaluate import evaluate
 from orchestrator.training.learner import Learner
@@ -64,9 +65,12 @@ class Assignment:
     stage: Mapping[str, Any]
     run: str
     attempt: int  # of the run; workers of an earlier one must not write
+    overrides: Sequence[str]
+    code: Mapping[str, Any]
     data_directory: str
     fingerprint: str
     start: Mapping[str, Any] | None
+    pause_at: int | None = None  # stop after this step, with a checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +118,7 @@ def train_worker(config: dict[str, Any]) -> None:
     """Train one stage as one of its workers (`train_loop_per_worker` of Ray Train)."""
     assignment = Assignment(**config)
     cluster = Cluster.model_validate(assignment.stage["cluster"])
-    run = Run(Path(assignment.run))
+    run = Run(storage_path(assignment.run))
     context = ray.train.get_context()
     came_up(run, context.get_world_rank(), context.get_world_size())
     with watch(run, cluster) as liveness:
@@ -196,12 +200,19 @@ def _training(work: Work, loader: TrainLoader, meters: Meters, start: int) -> Tr
         work.bad_samples.add(step, batch.bad)
         with naming_memory(stage, place, batch.images.shape):
             learner.update(step, batch, rate)
+        if step + 1 == work.assignment.pause_at:
+            learner.must_save = learner.must_stop = True
         ledger.step(step + 1)
         work.liveness.alive("between steps", step=step + 1)
 
     def validate() -> Metrics:
+        seen, alive = Predictions(), work.liveness.alive
         with meters.paused("evaluation"), learner.evaluating():
-            return evaluate(work.network, stage, work.val_set, place, work.liveness.alive)
+            metrics = evaluate(work.network, stage, work.val_set, place, alive, seen.add)
+            metrics, tables = split_classes(metrics)
+            if work.writer:
+                keep_artifacts(work.run, work.writer.check, seen.files() | tables)
+        return metrics
 
     def save(step: int, metrics: Metrics) -> None:
         learner.settle()
@@ -227,7 +238,7 @@ def _training(work: Work, loader: TrainLoader, meters: Meters, start: int) -> Tr
             work.steps_per_epoch,
         ),
         update=update,
-        read_meters=lambda: meters.read() | work.bad_samples.read() | learner.read(),
+        read_meters=lambda: learner.read() | meters.read() | work.bad_samples.read(),
         evaluate=validate,
         log=partial(_log, work),
         save=save,
@@ -241,7 +252,8 @@ def _build(assignment: Assignment, liveness: Liveness) -> Work:
     place = find_place(stage.cluster.gpus_per_worker, stage.precision)
     if place.device.type == "cpu":
         keep_freed_memory()
-    run, data, cache = Run(Path(assignment.run)), assignment.data_directory, stage.data.cache
+    run, data = Run(storage_path(assignment.run)), assignment.data_directory
+    cache = stage.data.cache
     writer = None if place.rank else RunWriter(run, assignment.attempt, stage.checkpoint)
     train_set = open_dataset(data, stage.data.train.dataset, stage.data.train.split, cache)
     torch.manual_seed(stage.seed)
@@ -278,7 +290,7 @@ def _build(assignment: Assignment, liveness: Liveness) -> Work:
 
 def _restore(work: Work) -> Checkpoint | None:
     """Load the run's own newest valid checkpoint, or else start_from, or else nothing."""
-    own = newest_checkpoint(work.run.checkpoints)
+    own = agreed_checkpoint(work.run, work.place)
     if own is not None:
         work.state.load(own.weights(), own.optimizer(), own.ema())
         work.bad_samples.go_on_from(own.state.get("bad_samples", 0))
@@ -291,6 +303,16 @@ def _restore(work: Work) -> Checkpoint | None:
         work.state.restart_from_network()
         log.info("starts from %s: %s", source.place, plan.report())
     return None
+
+
+def agreed_checkpoint(run: Run, place: Place) -> Checkpoint | None:
+    """The newest valid checkpoint as the first worker sees it, which alone reads all for digests.
+
+    Others may see another one as the newest, where nodes cache what a shared directory holds.
+    """
+    own = None if place.rank else newest_checkpoint(run.checkpoints)
+    path = place.gather(own and own.path)[0]
+    return read_checkpoint(path, verify=False) if path and place.rank else own
 
 
 def _seed_step(seed: int, step: int, rank: int) -> None:
@@ -340,6 +362,8 @@ def _state(work: Work, step: int, metrics: Metrics) -> dict[str, Any]:
         "parents": [start] if start else [],
         "mlflow_run_id": _mlflow_run_id(work.run),
         "versions": versions(),
+        "code": work.assignment.code,
+        "overrides": work.assignment.overrides,
         "time": time.time(),
     }
 

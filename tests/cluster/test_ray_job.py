@@ -2,18 +2,20 @@
 
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from orchestrator.runs.run import all_runs
-from tests.cluster.conftest import linked_programs
+from tests.cluster.conftest import descendants, linked_programs, wait_for_step
 from tests.unit.orchestrator.jobs import pipeline_job, stage_job, write
 
 pytestmark = pytest.mark.cluster
@@ -29,33 +31,62 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+class Head:
+    """A head node in the project's directory, and the environment to submit to it from."""
+
+    def __init__(self, place: Path) -> None:
+        self._place = place
+        self.environment = os.environ | {
+            "PATH": f"{linked_programs(place)}{os.pathsep}{os.environ['PATH']}",
+            "ATROUS_STORAGE": str(place / "storage"),
+            "RAY_AUTH_MODE": "disabled",
+        }
+        self.start()
+
+    def start(self) -> None:
+        """Start it, on ports of its own."""
+        dashboard = free_port()
+        start = [*RAY, "start", "--head", f"--port={free_port()}", f"--dashboard-port={dashboard}"]
+        # The agent's default port is taken where another Ray runs on this machine.
+        start += [f"--dashboard-agent-listen-port={free_port()}"]
+        start += [f"--ray-client-server-port={free_port()}"]
+        start += ["--num-cpus=2", "--disable-usage-stats", "--block"]
+        self.environment["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{dashboard}"
+        with (self._place / "head.log").open("a") as log:
+            self._process = subprocess.Popen(
+                start,
+                env=self.environment,
+                cwd=ROOT,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+
+    def kill(self) -> None:
+        """kill -9 of the node: Ray, the command, its workers."""
+        for pid in [self._process.pid, *(pid for pid, _ in descendants(self._process.pid))]:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self._process.wait()
+
+    def close(self) -> None:
+        os.killpg(self._process.pid, signal.SIGTERM)
+        self._process.wait(timeout=60)
+
+
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """A head node started in the project's directory; the environment to submit from."""
-    place = tmp_path_factory.mktemp("cluster")
-    dashboard = free_port()
-    environment = os.environ | {
-        "PATH": f"{linked_programs(place)}{os.pathsep}{os.environ['PATH']}",
-        "ATROUS_STORAGE": str(place / "storage"),
-        "RAY_AUTH_MODE": "disabled",
-    }
-    start = [*RAY, "start", "--head", f"--port={free_port()}", f"--dashboard-port={dashboard}"]
-    # The agent's default port is taken where another Ray runs on this machine.
-    start += [
-        f"--dashboard-agent-listen-port={free_port()}",
-        f"--ray-client-server-port={free_port()}",
-    ]
-    start += ["--num-cpus=2", "--disable-usage-stats", "--block"]
-    log = (place / "head.log").open("w")
-    head = subprocess.Popen(
-        start, env=environment, cwd=ROOT, stdout=log, stderr=log, start_new_session=True
-    )
+def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
+    started = Head(tmp_path_factory.mktemp("cluster"))
     try:
-        yield environment | {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}"}
+        yield started
     finally:
-        os.killpg(head.pid, 15)
-        head.wait(timeout=60)
-        log.close()
+        started.close()
+
+
+@pytest.fixture(scope="module")
+def cluster(head: Head) -> dict[str, str]:
+    """The environment to submit from."""
+    return head.environment
 
 
 def executable(path: Path, job: dict[str, Any]) -> Path:
@@ -129,6 +160,23 @@ def test_a_failing_stage_fails_the_job(
     assert "no finished run of it under" in logs.stdout
 
 
+def make_project(place: Path, job: dict[str, Any]) -> None:
+    """A git repository with a job file."""
+    write(place / "tiny.yaml", job)
+    for command in (["init"], ["add", "tiny.yaml"], ["commit", "-m", "job"]):
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        subprocess.run(["git", "-C", str(place), *identity, *command], check=True)
+
+
+def atrous(
+    cluster: dict[str, str], place: Path, *arguments: str
+) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "orchestrator", *arguments]
+    if arguments[0] == "submit":
+        command += ["--address", cluster["RAY_API_SERVER_ADDRESS"]]
+    return subprocess.run(command, env=cluster, cwd=place, capture_output=True, text=True)
+
+
 def test_atrous_submit_packs_a_project_and_ends_as_its_job(
     cluster: dict[str, str],
     submitted: subprocess.CompletedProcess[str],
@@ -136,23 +184,40 @@ def test_atrous_submit_packs_a_project_and_ends_as_its_job(
     tmp_path: Path,
 ) -> None:
     """The stage that the pipeline before did is found done."""
-    job = stage_job(tiny_data, cluster={"workers": 2})
-    write(tmp_path / "tiny.yaml", job)
-    for command in (["init"], ["add", "tiny.yaml"], ["commit", "-m", "job"]):
-        identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
-        subprocess.run(["git", "-C", str(tmp_path), *identity, *command], check=True)
-    command = [sys.executable, "-m", "orchestrator", "submit", "tiny.yaml", "--follow"]
-    command += ["--address", cluster["RAY_API_SERVER_ADDRESS"]]
-
-    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [*command, *arguments], env=cluster, cwd=tmp_path, capture_output=True, text=True
-        )
-
-    good = run()
+    make_project(tmp_path, stage_job(tiny_data, cluster={"workers": 2}))
+    good = atrous(cluster, tmp_path, "submit", "tiny.yaml", "--follow")
     assert good.returncode == 0, good.stdout + good.stderr
     assert "largest: tiny.yaml" in good.stdout
     assert "tiny-imagenet: was done before" in good.stdout
-    bad = run("--set", "global_batch=4000")
+    bad = atrous(cluster, tmp_path, "submit", "tiny.yaml", "--follow", "--set", "global_batch=4000")
     assert bad.returncode == 1, bad.stdout + bad.stderr
     assert "do not fill a global batch of 4000" in bad.stdout
+
+
+def test_a_job_goes_on_after_the_death_of_the_head(
+    head: Head, submitted: subprocess.CompletedProcess[str], tiny_data: Path, tmp_path: Path
+) -> None:
+    """Nothing of the cluster is left but the storage; the new head knows no job."""
+    storage = tmp_path / "storage"
+    changes = {"steps": 600, "checkpoint": {"every": 20}, "evaluate": {"every": 600}}
+    job = stage_job(tiny_data, cluster={"workers": 1}, **changes)
+    make_project(tmp_path, job | {"storage": str(storage)})
+    assert atrous(head.environment, tmp_path, "submit", "tiny.yaml").returncode == 0
+    run = wait_for_step(storage, 40)
+    head.kill()
+    place = ("--storage", str(storage))
+    told = atrous(head.environment, tmp_path, "wait", "tiny-imagenet", *place)
+    assert (told.returncode, "interrupted" in told.stdout) == (1, True)
+    head.start()
+    for _ in range(30):  # until the head answers
+        again = atrous(head.environment, tmp_path, "submit", "tiny.yaml", "--follow")
+        if "no Ray cluster at" not in again.stderr and "No available agent" not in again.stderr:
+            break
+        time.sleep(2)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert run.read()["attempts"] == 2
+    started = [event["step"] for event in run.events() if event["kind"] == "start"]
+    assert len(started) == 2
+    assert started[1] >= 20
+    told = atrous(head.environment, tmp_path, "wait", "tiny-imagenet", *place)
+    assert told.returncode == 0

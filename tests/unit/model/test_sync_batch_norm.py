@@ -7,6 +7,7 @@ from timm.layers import BatchNormAct2d
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from model import sync_batch_norm
 from model.build import build_network, freeze_batch_norm
 from model.config import ModelConfig
 from model.sync_batch_norm import SyncBatchNorm, synchronize_batch_norm
@@ -174,6 +175,23 @@ def test_a_timm_backbone_stays_synchronised_at_another_output_stride():
     network.set_output_stride(16)
     norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
     assert {type(norm) for norm in norms} == {SyncBatchNorm}
+
+
+def test_an_empty_batch_of_a_gpu_speaks_of_sums_in_float32_as_others_do(monkeypatch):
+    seen = []
+
+    class OfTorch:
+        @staticmethod
+        def apply(x, *_):
+            seen.append(x.dtype)
+            return x
+
+    monkeypatch.setattr(sync_batch_norm, "_OnGpu", OfTorch)
+    norm = SyncBatchNorm(nn.BatchNorm2d(3))
+    for size in (2, 0):
+        x = torch.zeros(size, 3, 2, 2, dtype=torch.bfloat16)
+        assert norm._on_gpu(x, 0.1).dtype == torch.bfloat16
+    assert seen == [torch.bfloat16, torch.float32]
 
 
 @pytest.mark.parametrize("norm", [nn.BatchNorm1d(3), nn.BatchNorm2d(3, affine=False)])

@@ -49,6 +49,14 @@ def test_the_schema_in_the_documentation_is_this_one() -> None:
     assert written == json_schema(), "run: atrous schema > docs/job-file.schema.json"
 
 
+@pytest.mark.parametrize("path", JOBS, ids=lambda path: path.stem)
+def test_every_job_file_tells_editors_its_schema(path: Path) -> None:
+    first, second = path.read_text(encoding="utf-8").splitlines()[:2]
+    assert first.startswith("#!")
+    name = second.removeprefix("# yaml-language-server: $schema=")
+    assert (path.parent / name).resolve() == ROOT / "docs/job-file.schema.json"
+
+
 def test_fields_and_sections_are_explained() -> None:
     (line,) = explain("schedule.power")
     assert line.startswith("schedule.power: number > 0 (default 0.9): ")

@@ -1,4 +1,5 @@
 import string
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from orchestrator.errors import JobFileError
 from orchestrator.job.config import PipelineJob, StageJob
 from orchestrator.job.job_file import load_job
-from tests.unit.orchestrator.jobs import pipeline_job, stage_job, write
+from tests.unit.orchestrator.jobs import pipeline_job, stage, stage_job, write
 
 RECIPES = sorted(Path("jobs").rglob("*.yaml"))
 
@@ -19,7 +20,7 @@ RECIPES = sorted(Path("jobs").rglob("*.yaml"))
 def test_recipes_are_valid_and_executable(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ATROUS_TEST_DATA", "/data")
     job = load_job(path)
-    assert job.kind in ("stage", "pipeline")
+    assert job.kind in ("stage", "pipeline", "sweep")
     assert path.read_text().startswith("#!/usr/bin/env -S python -m orchestrator\n")
     assert path.stat().st_mode & 0o111
 
@@ -39,7 +40,7 @@ def test_stage_and_pipeline_are_read(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"optimiser": {}}, "optimiser: unknown key; did you mean 'optimizer'?"),
-        ({"optimizer": {"lr": -1}}, "optimizer.lr: -1: input should be greater than 0"),
+        ({"optimizer": {"lr": -1}}, "optimizer.lr: -1: should be greater than 0"),
         (
             {"schedule": {"name": "poly", "pow": 2}},
             "schedule.pow: unknown key; did you mean 'power'?",
@@ -67,14 +68,16 @@ def test_stage_and_pipeline_are_read(tmp_path: Path) -> None:
             {"model": {"decoder": {"low_level": ["conv2", "conv3"]}}},
             "model.decoder.low_level: choose [conv2] or [conv3, conv2]",
         ),
-        ({"global_batch": None}, "global_batch: None: input should be a valid integer"),
+        ({"global_batch": None}, "global_batch: null: should be a whole number"),
         ({"evaluate": {"scales": [0.5]}}, "evaluate.scales is for segmentation"),
         ({"epochs": 3}, "give exactly one of steps and epochs"),
         ({"log_every": "3 days"}, "log_every: '3 days': must be a number of steps (1000) or of"),
         ({"cluster": {"workers": [4, 2]}}, "cluster: workers: [4, 2] is not [min, max]"),
+        ({"cluster": {"gpus_per_worker": 2}}, "gpus_per_worker: 2: a worker computes on one GPU"),
+        ({"cluster": {"workers": 2, "gpus_per_worker": 0.5}}, "cannot share one"),
         ({"cluster": {"workers": 99}}, "global_batch: 8 is smaller than cluster.workers: 99"),
         ({"storage": "${NOT_SET}"}, "the environment variable NOT_SET is not set; export"),
-        ({"storage": "s3://bucket/x"}, "storage: 's3://bucket/x': only local"),
+        ({"storage": "s3://B"}, "storage: 's3://B': "),
         ({"data_root": "gs://bucket/x"}, "data sets lie in local directories or under s3://"),
         ({"data_root": "s3://B"}, "not the name of a bucket"),
         ({"kind": "stge"}, "kind: 'stge' is not one of stage, pipeline"),
@@ -162,6 +165,45 @@ def test_a_pipeline_may_name_stage_files(tmp_path: Path) -> None:
     job = load_job(path)
     assert isinstance(job, PipelineJob)
     assert job.stages[0].name == "tiny-imagenet"
+
+
+def test_stage_files_bring_their_data_sets(tmp_path: Path) -> None:
+    own = {"voc": {"format": "voc", "source": "/its"}, "coco": {"format": "coco", "source": "/its"}}
+    write(tmp_path / "stage.yaml", stage_job(tmp_path) | {"datasets": own})
+    whole = {"kind": "pipeline", "name": "p", "stages": ["stage.yaml"]}
+    whole["datasets"] = {"coco": {"format": "coco", "source": "/ours"}}
+    job = load_job(write(tmp_path / "p.yaml", whole))
+    assert {name: one.source for name, one in job.datasets.items()} == {
+        "voc": "/its",
+        "coco": "/ours",
+    }
+    write(tmp_path / "stage.yaml", stage_job(tmp_path) | {"datasets": ["voc"]})
+    with pytest.raises(JobFileError, match=r"datasets, or those of .* are not a mapping"):
+        load_job(tmp_path / "p.yaml")
+
+
+def test_a_deadline_has_a_time_zone(tmp_path: Path) -> None:
+    path = write(tmp_path / "job.yaml", stage_job(tmp_path))
+    for text in ("2026-12-01T08:00:00+01:00", "2026-12-01 07:00:00Z", "'2026-12-01T07:00Z'"):
+        deadline = load_job(path, (f"deadline={text}",)).deadline
+        assert deadline == datetime(2026, 12, 1, 7, tzinfo=UTC)
+    with pytest.raises(JobFileError, match=r"deadline: .*needs its time zone, such as"):
+        load_job(path, ("deadline=2026-12-01T08:00:00",))
+
+
+@pytest.mark.parametrize("kind", ["stage", "pipeline"])
+def test_a_cost_needs_a_price(kind: str, tmp_path: Path) -> None:
+    one = stage_job(tmp_path)
+    if kind == "pipeline":
+        one = pipeline_job(tmp_path) | {"stages": [stage("a", "classification", "d")]}
+    path = write(tmp_path / "job.yaml", one)
+    cluster = "stages.a.cluster" if kind == "pipeline" else "cluster"
+    with pytest.raises(JobFileError, match="max_cost is for GPUs, of which nothing takes any"):
+        load_job(path, ("max_cost=5",))
+    with_gpus = ("max_cost=5", f"{cluster}.workers=1", f"{cluster}.gpus_per_worker=1")
+    with pytest.raises(JobFileError, match=r"max_cost needs cluster\.price_per_gpu_hour"):
+        load_job(path, with_gpus)
+    assert load_job(path, (*with_gpus, f"{cluster}.price_per_gpu_hour=2")).max_cost == 5
 
 
 _SCALARS = st.none() | st.booleans() | st.integers() | st.text(string.ascii_letters, max_size=5)

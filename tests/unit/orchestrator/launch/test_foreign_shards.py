@@ -86,6 +86,21 @@ def test_a_pipeline_indexes_once_and_trains(
     assert changed.run.path != result.run.path
 
 
+def test_a_stage_alone_indexes_too(raw: Path, tmp_path: Path) -> None:
+    """From a job file of kind: stage, which knows what it trains on as a pipeline does."""
+    whole = job(tmp_path)
+    (alone,) = whole["stages"]
+    alone |= {"kind": "stage", "storage": whole["storage"], "datasets": whole["datasets"]}
+    path = write(tmp_path / "stage.yaml", alone)
+    assert list(preflight(load_job(path)).unknown) == ["small"]
+    with Display(Console(file=io.StringIO())) as display:
+        (result,) = run_job(load_job(path), display)
+    assert not result.reused
+    assert run(tmp_path)[0].reused  # the same stage in a pipeline
+    alone["datasets"]["insects"]["source"] = str(tmp_path / "nowhere")
+    assert preflight(load_job(write(path, alone))).done == ["small"]
+
+
 def test_preflight_knows_what_will_be_indexed(raw: Path, tmp_path: Path) -> None:
     settings = job(tmp_path)
     report = preflight(PipelineJob.model_validate(settings))

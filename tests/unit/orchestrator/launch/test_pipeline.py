@@ -17,6 +17,7 @@ from orchestrator.files import read_json
 from orchestrator.job.config import Job
 from orchestrator.job.job_file import load_job
 from orchestrator.launch.pipeline import run_job
+from orchestrator.launch.preflight import preflight
 from orchestrator.launch.report import Display, result_table
 from orchestrator.launch.stage import StageResult
 from orchestrator.runs.lineage import find_checkpoint, trace
@@ -96,6 +97,25 @@ def test_a_pipeline_hands_over_its_own_results_not_the_newest(ran: Ran) -> None:
     assert results[0].checkpoint.digest == ran.results["tiny-voc"].checkpoint.digest
 
 
+def test_a_start_by_mlflows_name_is_the_same_run(ran: Ran) -> None:
+    coco = ran.results["tiny-coco"]
+    client = mlflow.MlflowClient(f"sqlite:///{ran.storage / 'mlflow.db'}")
+    own = next(
+        version
+        for version in client.search_model_versions("name = 'tiny-coco'")
+        if version.run_id == _run_id(coco)
+    )
+    for place in (f"models:/tiny-coco/{own.version}", f"runs:/{_run_id(coco)}"):
+        job = load_job(ran.job_file, (f"stages.tiny-voc.start_from={place}",))
+        report = preflight(job)
+        assert report.errors == []
+        assert "tiny-voc" in report.done
+    job = load_job(ran.job_file, ("stages.tiny-voc.start_from=models:/tiny-coco@gone",))
+    (error,) = preflight(job).errors
+    assert error.where == "tiny-voc"
+    assert "start_from: models:/tiny-coco@gone: MLflow at" in error.text
+
+
 def test_a_moved_storage_keeps_its_lineage(ran: Ran, tmp_path: Path) -> None:
     shutil.copytree(ran.storage / "runs", tmp_path / "moved" / "runs")
     link = trace(find_checkpoint(ran.results["tiny-voc"].run.path.name, tmp_path / "moved"))
@@ -163,7 +183,7 @@ def test_mlflow_has_every_point_once(ran: Ran) -> None:
     for record in read_journal(result.run.journal):
         for key, value in record["metrics"].items():
             expected.setdefault(key, []).append((record["step"], value))
-    for key in ("train/loss", "train/lr"):
+    for key in ("train/loss", "train/lr", "val/miou"):
         history = client.get_metric_history(_run_id(result), key)
         assert sorted((point.step, point.value) for point in history) == expected[key]
 
@@ -195,10 +215,16 @@ def test_mlflow_has_a_model_for_each_kept_checkpoint(ran: Ran) -> None:
         if model.source_run_id == _run_id(result)
     ]
     paths = {model.tags["atrous.checkpoint"] for model in models}
-    assert paths == {str(path) for path in result.run.checkpoints.iterdir()}
+    kept = {path.relative_to(ran.storage) for path in result.run.checkpoints.iterdir()}
+    assert paths == {str(path) for path in kept}
     newest = next(m for m in models if m.tags["atrous.digest"] == result.checkpoint.digest)
     metrics = {metric.key: metric.value for metric in newest.metrics or []}
     assert metrics["val/miou"] == result.metrics["val/miou"]
+    versions = client.search_model_versions("name = 'tiny-voc'")
+    own = next(version for version in versions if version.run_id == _run_id(result))
+    assert own.tags["atrous.digest"] == result.checkpoint.digest
+    (picture,) = client.list_artifacts(_run_id(result), "predictions")
+    assert picture.path == "predictions/val.png"
 
 
 def test_lineage_leads_back_to_raw_data(ran: Ran) -> None:
@@ -225,7 +251,18 @@ def test_lineage_leads_back_to_raw_data(ran: Ran) -> None:
     assert "started from scratch" in text
 
 
-def test_the_rest_still_runs_when_a_stage_fails(tiny_data: Path, tmp_path: Path) -> None:
+def test_the_rest_still_runs_when_a_stage_fails(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And why is told, though the disk is too full for the pipeline's record of it."""
+    update = Run.update
+
+    def full(self: Run, **fields: Any) -> None:
+        if self.path.parent.name == "pipelines" and fields["status"] == "failed":
+            raise OSError("No space left on device")
+        update(self, **fields)
+
+    monkeypatch.setattr(Run, "update", full)
     job = pipeline_job(tiny_data) | {"storage": str(tmp_path / "storage")}
     voc, coco, imagenet = job["stages"]
     coco["start_from"] = {"checkpoint": "tiny-imagenet", "take": "network"}

@@ -12,7 +12,8 @@ from orchestrator.cli.main import app
 from orchestrator.job.config import Job, PipelineJob, StageJob
 from orchestrator.launch import forecast, machine, preflight
 from orchestrator.launch.forecast import find_device
-from orchestrator.launch.preflight import Report, plan_table
+from orchestrator.launch.plan_view import explaining_lines, plan_tables
+from orchestrator.launch.preflight import Report
 from tests.unit.orchestrator.jobs import MODEL, SEGMENTER, pipeline_job, stage, write
 
 Usage = namedtuple("Usage", "total used free")
@@ -76,7 +77,12 @@ def test_a_sound_job_has_no_errors_and_a_price(tiny_data: Path) -> None:
         ({"start_from": "weights.pth"}, "weights.pth"),
         ({"optimizer": {"lr": 1, "lr_multipliers": {"bakbone": 0.1}}}, "bakbone"),
         ({"global_batch": 1}, "batch normalisation"),
-        ({"cluster": {"workers": 2, "gpus_per_worker": 8}}, "too little for tiny (2 workers of"),
+        ({"precision": "tf32"}, "precision: tf32 is of GPUs"),
+        ({"cluster": {"workers": 0, "gpus_per_worker": 1}}, "1 worker of 1 GPU (room for 0): tiny"),
+        (
+            {"cluster": {"workers": 2, "gpus_per_worker": 1}},
+            "2 workers of 1 CPU and 1 GPU (room for 0): tiny",
+        ),
         ({"model": SEGMENTER | {"backbone": "timm:resnot18"}}, "resnot18"),
     ],
 )
@@ -100,6 +106,10 @@ def test_errors(tiny_data: Path, changes: dict[str, Any], message: str) -> None:
         ({"data": data_of(val={"split": "train"})}, "samples that were trained on"),
         ({"optimizer": {"lr": 0.1, "lr_for_batch": 4}}, "the rate is 0.2"),
         ({"data": data_of() | {"prefetch": 10_000_000}}, "lower data.prefetch"),
+        ({"data": data_of(train={"block_size": 64})}, "of the 3 batches of an epoch: that hardly"),
+        ({"evaluate": {"every": 1, "scales": [2, 4]}}, "of the time goes into evaluation"),
+        ({"cluster": {"workers": 0, "hang_after": 1e-9}}, "workers would be taken for hung"),
+        ({"steps": 10**15}, "years; is that what you want?"),
     ],
 )
 def test_warnings(tiny_data: Path, changes: dict[str, Any], message: str) -> None:
@@ -213,7 +223,7 @@ def test_a_preparation_that_was_killed_between_splits_goes_on(
 ) -> None:
     data = copied(tiny_data, tmp_path)
     (data / "tiny-voc/val/manifest.parquet").unlink()
-    for source, errors in ((tmp_path, 0), (tmp_path / "gone", 1)):
+    for source, errors in ((tiny_data / "raw/voc", 0), (tmp_path / "gone", 1)):
         datasets = {"tiny-voc": {"format": "voc", "source": str(source)}}
         job = one_stage_pipeline(data) | {"datasets": datasets}
         assert len(check(PipelineJob.model_validate(job)).errors) == errors
@@ -242,7 +252,8 @@ def test_what_was_done_costs_nothing(tiny_data: Path, monkeypatch: pytest.Monkey
     train_stage(planned)
     report = check(job)
     assert report.done == ["tiny"]
-    assert "was done" in str(list(plan_table(job, report).columns[7].cells))
+    _, costs = plan_tables(job, report)
+    assert "was done" in list(costs.columns[4].cells)
 
 
 def test_the_command(tiny_data: Path, tmp_path: Path) -> None:
@@ -250,6 +261,7 @@ def test_the_command(tiny_data: Path, tmp_path: Path) -> None:
     shown = CliRunner().invoke(app, ["plan", str(write(tmp_path / "job.yaml", job))])
     assert shown.exit_code == 0, shown.output
     assert "tiny-coco" in shown.output
+    assert "tiny-voc starts from tiny-coco: " in shown.output
     job["stages"][0]["global_batch"] = 4000
     shown = CliRunner().invoke(app, ["plan", str(write(tmp_path / "job.yaml", job))])
     assert shown.exit_code == 1
@@ -262,7 +274,7 @@ def test_gpus_are_recognised(name: str) -> None:
 
 
 def test_an_unknown_gpu_is_a_guess_that_says_so() -> None:
-    assert find_device(1, ("TPU",)).basis.startswith("no GPU is known here")
+    assert "no GPU is known here" in find_device(1, ("TPU",)).basis
 
 
 def test_what_was_done_needs_no_cluster(
@@ -277,3 +289,37 @@ def test_what_was_done_needs_no_cluster(
     train_stage(planned)
     large = segmentation(tiny_data, cluster={"workers": 1, "cpus_per_worker": 1000})
     assert check(large).errors == []
+
+
+def test_a_job_whose_data_is_not_there_has_a_price_too(tmp_path: Path) -> None:
+    """As the data set is published, which is said."""
+    report = check(segmentation(tmp_path, data=data_of(train={"dataset": "voc2012"})))
+    assert "data.train: " in " ".join(texts(report, "error"))
+    assert report.forecasts == []  # the size of tiny-voc/val is anybody's guess
+    both = data_of(train={"dataset": "voc2012"}, val={"dataset": "voc2012"})
+    report = check(segmentation(tmp_path, data=both))
+    assert [one.steps for one in report.forecasts] == [6]
+    assert report.assumed == {"voc2012/train": 1464}
+
+
+def test_more_workers_take_less_time_and_more_money(tiny_data: Path) -> None:
+    gpus = {"workers": [1, 4], "gpus_per_worker": 1, "price_per_gpu_hour": 2}
+    job = segmentation(tiny_data, global_batch=16, cluster=gpus)
+    report = check(job)
+    (found,) = report.forecasts
+    assert found.on_most.hours <= found.hours
+    assert found.on_most.money == pytest.approx(found.on_most.hours * 4 * 2)
+    lines = " ".join(explaining_lines(job, report))
+    assert "on an A100" in lines
+    assert "For the money" not in lines
+    free = segmentation(tiny_data, cluster={"workers": 1, "gpus_per_worker": 1})
+    assert "For the money: --set 'cluster.price" in " ".join(explaining_lines(free, check(free)))
+
+
+def test_a_machine_that_cannot_reach_the_hub_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    machine.wait_for_no_hub()
+    assert constants.HF_HUB_OFFLINE

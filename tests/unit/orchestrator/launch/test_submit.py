@@ -1,17 +1,22 @@
 """What a submission packs, refuses and asks of a cluster."""
 
 import subprocess
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
+from orchestrator.cli.main import app
 from orchestrator.errors import RunError
 from orchestrator.job.job_file import load_job
+from orchestrator.launch import submit as submitting
 from orchestrator.launch.packing import pack
-from orchestrator.launch.submit import follow, kuberay_manifest, make_submission
+from orchestrator.launch.submit import apply, follow, kuberay_manifest, make_submission, upload
+from orchestrator.runs.record import code_record
 from tests.unit.orchestrator.jobs import stage_job, write
 
 
@@ -97,9 +102,76 @@ def test_the_manifest_of_kuberay(project: Path) -> None:
     spec = manifest["spec"]
     assert yaml.safe_load(spec["runtimeEnvYAML"])["working_dir"] == "s3://bucket/x.zip"
     (group,) = spec["rayClusterSpec"]["workerGroupSpecs"]
-    assert (group["replicas"], group["maxReplicas"]) == (1, 4)
+    assert (group["replicas"], group["minReplicas"], group["maxReplicas"]) == (0, 0, 4)
     limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
     assert limits == {"cpu": "6", "memory": "24Gi", "nvidia.com/gpu": "1"}
+
+
+@pytest.mark.parametrize(
+    ("name", "label"),
+    [("tiny", "tiny"), ("voc_2012.v2", "voc-2012-v2"), ("3d", "job-3d"), ("a" * 60, "a" * 47)],
+)
+def test_the_name_is_one_that_kuberay_takes(project: Path, name: str, label: str) -> None:
+    path = project / "jobs/tiny.yaml"
+    made = make_submission(load_job(path, (f"name={name}",)), path, ())
+    manifest = yaml.safe_load(kuberay_manifest(made, "s3://bucket/x.zip", "atrous:1"))
+    assert manifest["metadata"]["name"] == label
+
+
+def test_the_manifest_says_which_code_runs(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = project / "jobs/tiny.yaml"
+    (project / "code.py").write_text("print('changed')\n")
+    (tmp_path / "packages").mkdir()
+    made = make_submission(load_job(path), path, ())
+    packed, uri = upload(made, str(tmp_path / "packages"), lambda _: None)
+    spec = yaml.safe_load(kuberay_manifest(packed, uri, "atrous:1"))["spec"]
+    environment = yaml.safe_load(spec["runtimeEnvYAML"])["env_vars"]
+    for field, value in environment.items():
+        monkeypatch.setenv(field, value)
+    code = code_record()
+    assert f"{code['sha256']}.zip" == Path(uri).name
+    assert code["dirty"] is True
+    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=project, capture_output=True, text=True)
+    assert code["commit"] == done.stdout.strip()
+
+
+KUBECTL = """#!{python}
+import pathlib, sys
+assert sys.argv[1:] == ["apply", "-f", "-"]
+pathlib.Path("{out}").write_text(sys.stdin.read())
+print("rayjob.ray.io/tiny created")
+sys.exit("Error from server (Forbidden)" if {fails} else 0)
+"""
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_manifest_is_applied_by_kubectl(
+    fails: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program, out = tmp_path / "kubectl", tmp_path / "applied.yaml"
+    program.write_text(KUBECTL.format(python=sys.executable, out=out, fails=fails))
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    if fails:
+        with pytest.raises(RunError, match=r"kubectl apply: Error from server \(Forbidden\)"):
+            apply("kind: RayJob\n")
+    else:
+        assert apply("kind: RayJob\n") == "rayjob.ray.io/tiny created"
+    assert out.read_text() == "kind: RayJob\n"
+
+
+def test_without_kubectl_nothing_is_uploaded(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(submitting, "make_submission", lambda *_: None)
+    monkeypatch.setattr(submitting, "upload", lambda *_: pytest.fail("uploaded"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    command = ["submit", str(project / "jobs/tiny.yaml"), "--kuberay", "--apply"]
+    result = CliRunner().invoke(app, [*command, "--package", "s3://bucket/packages"])
+    assert isinstance(result.exception, RunError)
+    assert "kubectl is not installed; leave out --apply" in str(result.exception)
 
 
 class _Client:
@@ -130,3 +202,42 @@ def test_the_exit_status_is_the_jobs(
     told: list[str] = []
     assert follow(_Client(*states, code=code), "job", told.append) == expected  # type: ignore[arg-type]
     assert "line" in told[0]
+
+
+class _Lost(_Client):
+    """A head that does not answer for the first looks, or never."""
+
+    def __init__(self, *states: str, silent: int) -> None:
+        super().__init__(*states)
+        self._silent = silent
+
+    def get_job_info(self, job: str) -> Any:
+        self._silent -= 1
+        if self._silent >= 0:
+            raise ConnectionError("Connection refused")
+        return super().get_job_info(job)
+
+
+def test_a_head_that_is_away_for_a_moment_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(submitting, "_LOOK_EVERY", 0)
+    client: Any = _Lost("RUNNING", "SUCCEEDED", silent=3)
+    assert follow(client, "job", lambda _: None) == 0
+
+
+def test_a_head_that_died_is_told_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(submitting, "_LOOK_EVERY", 0)
+    monkeypatch.setattr(submitting, "_PATIENCE", 0)
+    client: Any = _Lost(silent=10**9)
+    with pytest.raises(RunError, match=r"does not answer any more .*submitted again, it goes on"):
+        follow(client, "job", lambda _: None)
+
+
+def test_ctrl_c_leaves_the_job_running(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(submitting, "submit", lambda *_: (None, "raysubmit_x"))
+    monkeypatch.setattr(submitting, "follow", interrupted)
+    result = CliRunner().invoke(app, ["submit", str(project / "jobs/tiny.yaml"), "--follow"])
+    assert result.exit_code == 130
+    assert "raysubmit_x goes on without you; to stop it: ray job stop raysubmit_x" in result.output

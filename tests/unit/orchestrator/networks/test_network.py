@@ -8,8 +8,10 @@ import torch
 from model.build import build_network
 from model.config import ModelConfig
 from orchestrator.errors import CheckpointError
+from orchestrator.files import write_json
 from orchestrator.networks.network import open_network
 from orchestrator.runs.checkpoint import write_checkpoint
+from orchestrator.runs.run import Run
 from tests.unit.orchestrator.jobs import SEGMENTER
 
 STATE = {"task": "segmentation", "class_names": ["a", "b"], "model": SEGMENTER, "step": 3}
@@ -30,6 +32,16 @@ def test_a_checkpoint_or_the_newest_of_a_run_opens(tmp_path: Path, name: str) ->
         assert torch.equal(opened.network(images), network(images))
     assert (opened.task, opened.class_names) == ("segmentation", ("a", "b"))
     assert open_network(tmp_path / name, output_stride=8).network.output_stride == 8
+
+
+def test_a_name_of_mlflows_opens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ATROUS_STORAGE", str(tmp_path))
+    run = Run(tmp_path / "runs" / "voc")
+    run.update(stage="voc", status="running")
+    write_json(run.tracking, {"run_id": "a" * 32})
+    network = _write(run.checkpoints / "step-00000003")
+    opened = open_network(f"runs:/{'a' * 32}")
+    assert torch.equal(opened.network.logits.weight, network.logits.weight)
 
 
 def test_averaged_weights_are_what_opens(tmp_path: Path) -> None:

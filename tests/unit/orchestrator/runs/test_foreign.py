@@ -8,11 +8,16 @@ from safetensors.torch import load_file
 from model.build import build_network
 from model.config import ModelConfig
 from model.importers import tensorflow_names
+from orchestrator.bucket import storage_path
 from orchestrator.errors import CheckpointError
+from orchestrator.files import save_tensors
 from orchestrator.job.config import StageSettings
 from orchestrator.runs.foreign import fetch_weights, read_pickle
 from orchestrator.runs.start import resolve_start
+from tests.object_store import bucket, store
 from tests.unit.orchestrator.jobs import SEGMENTER, stage
+
+__all__ = ["bucket", "store"]  # fixtures
 
 MODEL = ModelConfig.model_validate(SEGMENTER)
 
@@ -78,6 +83,26 @@ def test_a_stage_starts_from_a_file_of_torch_save(tmp_path: Path) -> None:
     again = resolve_start(_settings(str(path)), tmp_path, {})
     assert again == start
     assert [p.name for p in kept.parent.iterdir()] == [kept.name]
+
+
+def test_weights_of_a_bucket_and_for_one(
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ATROUS_CACHE", str(tmp_path / "cache"))
+    network = build_network(MODEL, "segmentation", 21)
+    torch.save(network.state_dict(), tmp_path / "w.pth")
+    save_tensors(tmp_path / "w.safetensors", network.state_dict())
+    remote = storage_path(f"s3://{bucket}")
+    for name in ("w.pth", "w.safetensors"):
+        (remote / name).write_bytes((tmp_path / name).read_bytes())
+        for storage in (remote, tmp_path / name.replace(".", "-")):
+            start = resolve_start(_settings(str(remote / name)), storage, {})
+            assert start is not None
+            assert start == resolve_start(_settings(str(remote / name)), storage, {})
+            assert start.weights == str(storage / "weights" / f"{start.digest}.safetensors")
+            assert load_file(start.file()).keys() == network.state_dict().keys()
+    with pytest.raises(CheckpointError, match=r"start_from: .*none\.pth"):
+        resolve_start(_settings(str(remote / "none.pth")), remote, {})
 
 
 def test_a_stage_starts_from_timm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

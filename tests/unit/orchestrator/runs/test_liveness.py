@@ -195,7 +195,9 @@ def test_ray_still_has_what_a_notice_reads() -> None:
     assert PreemptionContext().preemption_info is None
 
 
-def test_a_storage_that_is_away_ends_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_storage_that_is_away_ends_nothing_and_is_told_once(
+    run: Run, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(liveness, "_TICK", 0.01)
     tried = []
 
@@ -213,6 +215,7 @@ def test_a_storage_that_is_away_ends_nothing(run: Run, monkeypatch: pytest.Monke
         while len(tried) < 8 and time.monotonic() < deadline:
             time.sleep(0.01)
     assert json.loads((run.path / "workers" / "rank-0000.json").read_text())["step"] == 5
+    assert caplog.messages == ["heartbeats wait: no route to host"]
 
 
 def test_patience_until_the_first_step_of_each_start(run: Run) -> None:

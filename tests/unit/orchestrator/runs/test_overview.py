@@ -1,5 +1,6 @@
 """Lists, states and comparisons of runs, from hand-made run directories."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from orchestrator.cli.main import app
 from orchestrator.errors import RunError
 from orchestrator.runs.overview import best_first, compare, draw, find_run, overviews, wait
 from orchestrator.runs.run import Run, append_journal, run_directory
+from orchestrator.runs.stop import asked_to_stop
 
 
 def make(storage: Path, fingerprint: str, status: str, **fields: Any) -> Run:
@@ -86,3 +88,28 @@ def test_only_what_differs_is_compared(storage: Path, tmp_path: Path) -> None:
     assert rows["val/miou"] == "0.6"
     draw(found, ["val/miou"], tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_pipeline_is_told_waited_for_and_stopped_by_its_name(storage: Path) -> None:
+    def command(*arguments: str) -> tuple[int, str]:
+        result = CliRunner().invoke(app, [*arguments, "--storage", str(storage)])
+        return result.exit_code, result.output
+
+    pipeline = Run(storage / "pipelines/whole-dddddddddddd")
+    stages = {"stages": [{"name": "tiny"}, {"name": "to-come"}]}
+    pipeline.update(name="whole", status="stopped", created=1.0, job=stages, reason="max_hours: 2")
+    assert command("wait", "whole") == (75, f"{pipeline.path.name}: stopped: max_hours: 2\n")
+    text = command("status", "whole")[1]
+    assert "tiny-bbbbbbbbbbbb" in text  # the newest of its stages
+    assert "tiny-aaaaaaaaaaaa" not in text
+    assert "whole-dddddddddddd: stopped\nreason: max_hours: 2\n" in text
+    told = json.loads(command("status", "whole", "--json")[1])
+    assert (told["state"], told["reason"]) == ("stopped", "max_hours: 2")
+    assert [stage["stage"] for stage in told["stages"]] == ["tiny"]
+    assert command("stop", "whole")[0] == 1  # it does not run
+    pipeline.update(status="running")
+    with pipeline.lock():
+        assert command("stop", "whole")[0] == 0
+    assert asked_to_stop(pipeline) == "atrous stop"
+    pipeline.update(status="finished", reason=None)
+    assert command("wait", "whole") == (0, f"{pipeline.path.name}: finished: 2 stages\n")

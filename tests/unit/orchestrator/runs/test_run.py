@@ -31,7 +31,7 @@ def test_a_run_has_one_owner(tmp_path: Path) -> None:
     run = run_directory(tmp_path, "a", "f" * 64)
     with (
         run.lock(),
-        pytest.raises(RunError, match=r"a-ffffffffffff is being trained by process \d+"),
+        pytest.raises(RunError, match=r"a-ffffffffffff is being run by process \d+"),
         run.lock(),
     ):
         pass

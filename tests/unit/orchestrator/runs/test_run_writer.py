@@ -12,7 +12,7 @@ from orchestrator.errors import RunTakenOver
 from orchestrator.job.sections import Checkpoints
 from orchestrator.runs import run_writer
 from orchestrator.runs.run import Run, append_journal, read_journal
-from orchestrator.runs.run_writer import Fence, Journal, RunWriter
+from orchestrator.runs.run_writer import Fence, Lines, RunWriter
 from tests.unit.orchestrator.runs.test_checkpoint_writer import contents, steps
 
 
@@ -97,7 +97,7 @@ def test_a_full_disk_delays_the_journal_and_loses_nothing(
 ) -> None:
     disk, path = Disk(), tmp_path / "journal.jsonl"
     monkeypatch.setattr(run_writer, "append_journal", disk.append)
-    journal = Journal(path, lambda: None)
+    journal = Lines(path, lambda: None)
     for step in range(1, 6):
         disk.full = step in (2, 3)
         journal.append({"step": step})

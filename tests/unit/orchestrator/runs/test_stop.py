@@ -17,8 +17,10 @@ from orchestrator.errors import RunError, StageFailed
 from orchestrator.job.config import Job
 from orchestrator.job.job_file import load_job
 from orchestrator.launch import stage
-from orchestrator.launch.pipeline import _Branch, run_job
+from orchestrator.launch.graph import Branch
+from orchestrator.launch.pipeline import run_job
 from orchestrator.launch.report import Display
+from orchestrator.runs.bill import add_bills
 from orchestrator.runs.run import Run, all_runs, read_journal
 from tests.unit.orchestrator.jobs import pipeline_job, stage_job, write
 
@@ -140,7 +142,7 @@ def test_a_job_that_runs_is_not_run_a_second_time(tmp_path: Path) -> None:
     first = python(HOLDS, run.path)
     assert first.stdout is not None
     assert first.stdout.readline() == "holds\n"
-    who = f"run is being trained by process {first.pid} on {os.uname().nodename}"
+    who = f"run is being run by process {first.pid} on {os.uname().nodename}"
     with pytest.raises(RunError, match=who), run.lock():
         pass
     first.kill()
@@ -165,7 +167,8 @@ def test_a_stage_without_workers_is_not_waited_for(tiny_data: Path, tmp_path: Pa
 
     job = load_job(write(tmp_path / "job.yaml", stage_job(tiny_data, cluster={"workers": 2})))
     planned = stage.plan_stage(job.settings, tmp_path, job.data_directory)  # type: ignore[union-attr]
-    branch = _Branch(planned=planned, needs=needed(planned.stage.cluster))
+    bill = add_bills(())
+    branch = Branch(planned=planned, needs=needed(planned.stage.cluster), bill=bill)
     assert branch.abandoned()  # none has started
     planned.run.update(attempts=1)
     (planned.run.path / "workers").mkdir()

@@ -26,6 +26,13 @@ def settings(task: str = "segmentation", **changes: Any) -> StageSettings:
     return StageSettings.model_validate(stage("tiny", task, "tiny-voc", **(good | changes)))
 
 
+def data(crop: Any, val_crop: Any = None) -> dict[str, Any]:
+    return {
+        "train": {"dataset": "d", "split": "train", "crop": crop},
+        "val": {"dataset": "d", "split": "val", "crop": val_crop},
+    }
+
+
 def refused(stage: StageSettings) -> str | None:
     with torch.device("meta"):
         network = build_network(stage.model, stage.task, 3)
@@ -80,7 +87,7 @@ def test_nothing_to_warn_of() -> None:
     assert stage_warnings(settings()) == []
     assert stage_warnings(settings(optimizer={"lr": 0.1, "lr_for_batch": 16})) == []
     small = {"global_batch": 2, "cluster": {"workers": 2}}
-    assert stage_warnings(settings("classification", model=MODEL, **small)) == []
+    assert stage_warnings(settings("classification", model=MODEL)) == []
     frozen = SEGMENTER | {"batch_norm": {"frozen": True}}
     assert stage_warnings(settings(model=frozen, **small)) == []
     synced = SEGMENTER | {"batch_norm": {"sync": True, "momentum": 0.1}}
@@ -93,9 +100,8 @@ def test_nothing_to_warn_of() -> None:
         (
             {"cluster": {"workers": [1, 4]}},
             [
-                "sees 4 images at a time (global_batch: 16, workers: 4)",
-                "63.4 instead of 75.9",
-                "74.9 instead of 78.9",
+                "sees 4 images at a time (global_batch: 16, workers: 4), which costs accuracy",
+                "77.2 with 16, 76.5 with 12, 75.8 with 8 and 64.4 with 4",
                 "Cures: set model.batch_norm.sync: true, or raise global_batch",
             ],
         ),
@@ -104,6 +110,26 @@ def test_nothing_to_warn_of() -> None:
             ["sees 4 images", "workers: 1, micro_batch: 4)", "Cures: raise micro_batch, or"],
         ),
         ({"global_batch": 12}, ["sees 12 images"]),
+        ({"task": "classification", "model": MODEL, "global_batch": 8}, ["34.7 with 2"]),
+        (
+            {"task": "classification", "model": MODEL, "global_batch": 9000},
+            ["global_batch: 9000 is more than the linear rule", "24.8 with 16,384"],
+        ),
+        ({"optimizer": {"lr": 7}}, ["a rate of 7 is outside", "1e-06 to 5: is it a slip?"]),
+        ({"optimizer": {"name": "adamw", "lr": 0.1, "weight_decay": 0}}, ["1e-07 to 0.05"]),
+        (
+            {"optimizer": {"lr": 0.01, "weight_decay": 4.0}},
+            ["weight_decay: 4 takes 4.0% of the weights away in each step; usual is 4e-5"],
+        ),
+        (
+            {"model": SEGMENTER | {"batch_norm": {"momentum": 0.9997}}},
+            ["a decay of 0.9997, as TensorFlow counts, is 0.0003 here"],
+        ),
+        ({"start_from": "tiny"}, ["start_from: tiny is the name of this stage too"]),
+        ({"data": data(512)}, ["data.train.crop: 512: at output stride 16", "such as 513"]),
+        ({"data": data([33, 60])}, ["such as [33, 65]"]),
+        ({"data": data(8)}, ["such as 17"]),
+        ({"data": data(33, 100)}, ["data.val.crop: 100: at", "such as 97"]),
         (
             {"optimizer": {"lr": 0.1, "lr_for_batch": 32}},
             ["optimizer.lr: 0.1 is for batches of 32; with global_batch: 16 the rate is 0.05"],
@@ -132,7 +158,7 @@ def test_nothing_to_warn_of() -> None:
     ],
 )
 def test_what_makes_results_worse_is_said(changes: dict[str, Any], parts: list[str]) -> None:
-    (warning,) = stage_warnings(settings(**changes))
+    (warning,) = stage_warnings(settings(**({"task": "segmentation"} | changes)))
     for part in parts:
         assert part in warning
 

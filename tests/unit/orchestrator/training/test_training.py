@@ -1,6 +1,7 @@
 """A stage in this process: exact after any kill, not run twice, refused when it cannot work."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,9 @@ from orchestrator.launch.stage import (
     train_stage,
 )
 from orchestrator.runs import checkpoint_writer, run_writer
+from orchestrator.runs.checkpoint import checkpoint_paths
 from orchestrator.runs.run import append_journal, read_journal
+from orchestrator.training.worker import agreed_checkpoint
 from tests.unit.orchestrator.jobs import stage
 
 TIMED = ("second", "wait", "stall", "mfu")  # in names of metrics
@@ -63,7 +66,7 @@ def test_killed_at_any_step_equals_undisturbed(
 ) -> None:
     def die(path: Path, record: dict[str, Any]) -> None:
         append_journal(path, record)
-        if record["step"] == step:
+        if "metrics" in record and record["step"] == step:
             raise KeyboardInterrupt("killed")
 
     planned = plan(tiny_data, tmp_path)
@@ -87,7 +90,7 @@ def test_an_annealed_loss_goes_on_where_it_was(
 
     def die(path: Path, record: dict[str, Any]) -> None:
         append_journal(path, record)
-        if record["step"] == 3:
+        if "metrics" in record and record["step"] == 3:
             raise KeyboardInterrupt("killed")
 
     hard = {"fraction": 0.25, "anneal": "2 epochs"}
@@ -239,3 +242,19 @@ def test_a_failure_is_told_and_kept(
         run(planned)
     assert planned.run.read()["status"] == "failed"
     assert "save_checkpoint" in (planned.run.path / "error.txt").read_text()
+
+
+def test_all_workers_go_on_from_the_checkpoint_that_the_first_one_sees(
+    undisturbed: PlannedStage,
+) -> None:
+    """Nodes may cache what a shared directory holds."""
+    of_run = undisturbed.run
+    newest, older = checkpoint_paths(of_run.checkpoints)
+    for seen in (older, None):
+        others: Any = SimpleNamespace(rank=1, gather=lambda own, seen=seen: [seen, own])
+        found = agreed_checkpoint(of_run, others)
+        assert (found.path if found else None) == seen
+    first: Any = SimpleNamespace(rank=0, gather=lambda own: [own, older])
+    found = agreed_checkpoint(of_run, first)
+    assert found is not None
+    assert found.path == newest
