@@ -16,7 +16,8 @@ demo: $(STAMP)
 	$(PY) -m orchestrator run jobs/demo.yaml
 
 test: $(STAMP)
-	$(PY) -m pytest
+	$(PY) -m pytest tests/unit -n 2 --dist loadfile
+	$(PY) -m pytest tests/cluster
 
 check: $(STAMP)
 	$(PY) -m ruff format --check .

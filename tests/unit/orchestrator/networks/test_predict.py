@@ -393,7 +393,7 @@ def test_errors_are_one_line(
     with pytest.raises(SystemExit) as stop:
         cli.main()
     assert stop.value.code == 1
-    assert capsys.readouterr().err.startswith("error: nowhere: no valid checkpoint")
+    assert f"{Path('nowhere').absolute()}: no valid checkpoint" in capsys.readouterr().err
 
 
 def test_the_defaults_of_the_command_line_are_those_of_inference() -> None:

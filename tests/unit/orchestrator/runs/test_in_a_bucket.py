@@ -185,7 +185,7 @@ def test_a_store_that_is_away_for_a_while_changes_nothing(
     with at_step(2, go_away):
         run(planned)
     assert_same(planned, undisturbed)
-    assert "heartbeat: s3://tests/" in caplog.text
+    assert "heartbeats wait: s3://tests/" in caplog.text
 
 
 @pytest.mark.parametrize("there", ["to a disk", "to a bucket"])
