@@ -1,6 +1,5 @@
 """The job file of a trial: complete in itself, and with the fingerprint of the trial's run."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,6 @@ from orchestrator.job.sweep import SweepJob
 from orchestrator.runs.run import Run
 from orchestrator.sweep.results import Trial
 
-_SCHEMA = Path(__file__).parents[2] / "docs" / "job-file.schema.json"
-
 
 def write_job_file(path: Path, job: SweepJob, trial: Trial, about: Sequence[str]) -> None:
     """Write the job file of a trial, executable as those in jobs/ are; `about` are its comments.
@@ -25,16 +22,11 @@ def write_job_file(path: Path, job: SweepJob, trial: Trial, about: Sequence[str]
     """
     found = as_job(job, trial)
     values = {"kind": found.kind} | found.model_dump(mode="json", exclude_defaults=True)
-    lines = ["#!/usr/bin/env -S python -m orchestrator"]
-    on_disk = not isinstance(path, BucketPath)
-    if on_disk:
-        schema = os.path.relpath(_SCHEMA, path.parent.absolute())
-        lines.append(f"# yaml-language-server: $schema={schema}")
-    lines += [f"# {line}" for line in about]
+    lines = ["#!/usr/bin/env -S python -m orchestrator", *(f"# {line}" for line in about)]
     text = yaml.safe_dump(values, sort_keys=False, default_flow_style=None, width=100)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(lines) + f"\n{text}", encoding="utf-8")
-    if on_disk:
+    if not isinstance(path, BucketPath):
         path.chmod(0o755)
 
 

@@ -139,7 +139,7 @@ def _run_trials(
             finally:
                 signals.patient = False
                 trackers.close()
-    if signals.received:
+    if signals.received and engine.has_work():
         raise Interrupted(signals.received)
     check_result(job, engine.entries)
 

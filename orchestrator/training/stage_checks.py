@@ -193,7 +193,7 @@ def _large_batches(stage: StageSettings) -> str | None:
     return (
         f"global_batch: {stage.global_batch} is more than the linear rule for learning rates "
         "carries: ResNet-50's top-1 error was 23.7 % with 8,192, 24.8 with 16,384 and 27.6 with "
-        "32,768 (Goyal et al. 2017, Table 1); lower global_batch, or take fewer workers"
+        "32,768 (Goyal et al. 2017, Figure 1); lower global_batch, or take fewer workers"
     )
 
 

@@ -66,7 +66,7 @@ def test_it_finds_the_trial_done(tiny_data: Path, tmp_path: Path, shared: bool) 
     assert all(result.reused for result in results.values())
     assert results["tiny-voc"].run.path == run.path
     text = path.read_text()
-    assert text.startswith("#!/usr/bin/env -S python -m orchestrator\n# yaml-language-server: ")
+    assert text.startswith("#!/usr/bin/env -S python -m orchestrator\n# Trial 0 of ")
     assert "of the sweep tune-tiny, number 1 of 1: val/miou 0.25" in text
     assert path.stat().st_mode & 0o111
 
