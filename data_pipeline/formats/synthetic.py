@@ -10,6 +10,7 @@ depends on (seed, layout, split, index) alone. What each layout has besides:
 """
 
 import json
+import os
 import shutil
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -50,6 +51,7 @@ COUNTS: Mapping[str, int] = {
 _MARKER = "synthetic.json"
 _VERSION = 1  # raise it when the same parameters give other pictures
 _ROW_GROUP = 256
+_DRAWN_AT = 1514764800  # 2018-01-01, as files are dated
 
 # COCO's own names and ids; the last two are no classes of VOC.
 _COCO_IDS = {
@@ -121,7 +123,14 @@ def synthesize(
         if not _is_finished(folder, parameters):
             LAYOUTS[layout](folder, job)
             (folder / _MARKER).write_text(json.dumps({**parameters, "finished": True}))
+        _date(folder)
     return {layout: destination / layout for layout in chosen}
+
+
+def _date(folder: Path) -> None:
+    """Give all files one time: what was prepared from them is known again after a copy."""
+    for file in folder.rglob("*"):
+        os.utime(file, (_DRAWN_AT, _DRAWN_AT))
 
 
 def _counts_of(job: _Job, layout: str) -> dict[str, int]:

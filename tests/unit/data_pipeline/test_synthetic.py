@@ -1,6 +1,7 @@
 import hashlib
 import io
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -91,6 +92,18 @@ def test_a_finished_synthesis_is_kept_and_a_cut_one_made_anew(tmp_path):
     marker.write_text(json.dumps({**json.loads(marker.read_text()), "finished": False}))
     synthesize(tmp_path, counts=few, layouts=["imagenet"])
     assert digests(source) == before
+
+
+def test_what_was_prepared_is_known_again_after_all_of_it_was_copied(tmp_path):
+    def prepared(place):
+        drawn = synthesize(place / "raw", counts=FEW, layouts=["voc"])["voc"]
+        return prepare("voc", drawn, place / "voc", workers=1)
+
+    before = prepared(tmp_path / "here")
+    shutil.copytree(tmp_path / "here", tmp_path / "there", copy_function=shutil.copyfile)
+    assert {n: m.digest for n, m in prepared(tmp_path / "there").items()} == {
+        n: m.digest for n, m in before.items()
+    }
 
 
 def test_a_folder_of_somebody_else_is_left_alone(tmp_path):
