@@ -11,7 +11,7 @@ from data_pipeline.storage import Place, is_local, join
 from orchestrator.bucket import on_disk, storage_path
 from orchestrator.errors import JobStopped
 from orchestrator.files import digest
-from orchestrator.job.config import Job, PipelineJob, Prepared, StageJob
+from orchestrator.job.config import Job, PipelineJob, Prepared, StageJob, StageSettings
 from orchestrator.launch.budget import limit_reached
 from orchestrator.launch.graph import Graph
 from orchestrator.launch.report import Display
@@ -54,13 +54,12 @@ def run_job(
     fingerprint = _identity(job)
     parent = Run(storage / "pipelines" / f"{job.name}-{fingerprint[:12]}")
     with parent.lock(display.say if attach else None):
-        created = parent.read().get("created", time.time())
         parent.update(
             name=job.name,
             fingerprint=fingerprint,
             status="running",
             reason=None,
-            created=created,
+            created=parent.read().get("created", time.time()),
             job=job.model_dump(mode="json"),
             overrides=list(overrides),
         )
@@ -77,8 +76,8 @@ def run_job(
             status, reason = "stopped", str(error)
             raise
         finally:
-            bill = add_bills(graph.bills).as_record()
             try:
+                bill = add_bills(graph.bills).as_record()
                 parent.update(status=status, reason=reason, bill=bill)
             except OSError as error:  # the full disk that ended a stage, of which it would say less
                 display.say(f"{parent.path}: not recorded: {error}")
@@ -88,11 +87,15 @@ def run_job(
 
 def _identity(job: PipelineJob) -> str:
     """Digest of what comes out of a pipeline; larger limits, for instance, go on with it."""
-    stages = [
+    return digest([job.name, stage_values(job.stages)])
+
+
+def stage_values(stages: Sequence[StageSettings]) -> list[list[Any]]:
+    """Of each stage its name, where it starts, and what its result depends on."""
+    return [
         [stage.name, stage.model_dump(mode="json")["start_from"], fingerprinted(stage)]
-        for stage in job.stages
+        for stage in stages
     ]
-    return digest([job.name, stages])
 
 
 def prepare_datasets(job: Job, display: Display) -> None:

@@ -13,9 +13,9 @@ from orchestrator.job.config import PipelineJob
 from orchestrator.job.space import with_values
 from orchestrator.job.sweep import SweepJob
 from orchestrator.launch import cluster
-from orchestrator.launch.pipeline import prepare_datasets, run_job
+from orchestrator.launch.pipeline import prepare_datasets, run_job, stage_values
 from orchestrator.launch.report import Display
-from orchestrator.launch.stage import fingerprinted, plan_stage
+from orchestrator.launch.stage import plan_stage
 from orchestrator.runs.bill import add_bills, read_bill
 from orchestrator.runs.checkpoint import Checkpoint
 from orchestrator.runs.run import Run
@@ -85,12 +85,15 @@ def run_sweep(
 
 def identity(job: SweepJob) -> str:
     """Digest of what a sweep decides; with a larger budget, for instance, it is the same one."""
-    stages = [
-        [stage.name, stage.model_dump(mode="json")["start_from"], fingerprinted(stage)]
-        for stage in job.stages
-    ]
     fields = {"space", "search", "scheduler", "objective"}
-    return digest([job.name, stages, job.tuned.name, job.model_dump(mode="json", include=fields)])
+    return digest(
+        [
+            job.name,
+            stage_values(job.stages),
+            job.tuned.name,
+            job.model_dump(mode="json", include=fields),
+        ]
+    )
 
 
 def _run_shared(

@@ -30,7 +30,8 @@ from orchestrator.runs.run import Run, all_runs, read_journal
 from orchestrator.runs.run_writer import RunWriter
 from tests.object_store import Proxy, bucket, proxy, store
 from tests.unit.orchestrator.killed_writer import TOP1, check, contents
-from tests.unit.orchestrator.training.test_training import plan, run, series
+from tests.unit.orchestrator.runs.test_durability import assert_same
+from tests.unit.orchestrator.training.test_training import plan, run
 
 __all__ = ["bucket", "proxy", "store"]  # fixtures
 
@@ -54,15 +55,6 @@ def storage(bucket: str) -> BucketPath:
     path = storage_path(f"s3://{bucket}")
     assert isinstance(path, BucketPath)
     return path
-
-
-def assert_same(planned: PlannedStage, undisturbed: PlannedStage) -> None:
-    assert series(planned) == series(undisturbed)
-    found, expected = finished_result(planned), finished_result(undisturbed)
-    assert found is not None
-    assert expected is not None
-    assert found.checkpoint.digest == expected.checkpoint.digest
-    assert found.metrics == expected.metrics
 
 
 @contextmanager
