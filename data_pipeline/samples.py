@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 
@@ -14,13 +15,13 @@ from data_pipeline.decode import (
     Pixels,
     decode_class,
     decode_image,
-    decode_image_rgbx,
     decode_image_scaled,
     decode_labels,
     decode_mask,
 )
 from data_pipeline.errors import DataError
 from data_pipeline.transforms import (
+    Decode,
     SegmentationAugmentation,
     Size,
     augment_classification,
@@ -88,7 +89,7 @@ def evaluation_decoder(
         ValueError: there is no crop, and the task is not segmentation.
     """
     if task == "segmentation":
-        return _pair_decoder(dataset, num_classes, decode_image)
+        return _pair_decoder(dataset, num_classes)
     if crop is None:
         raise ValueError(f"{task}: set crop in the evaluation data, e.g. 224")
     size = as_size(crop)
@@ -100,7 +101,7 @@ def _pair_writer(
     dataset: Dataset, data: TrainData, num_classes: int, mean_pixel: tuple[float, float, float]
 ) -> Write:
     ignore = dataset.manifest.ignore_label
-    pair = _pair_decoder(dataset, num_classes, decode_image_rgbx)
+    masks = _mask_decoder(dataset, num_classes)
     how = SegmentationAugmentation(
         crop=as_size(data.crop),
         scale=data.scale or _SCALE,
@@ -111,39 +112,51 @@ def _pair_writer(
     )
 
     def write(raw: RawSample, rng: Random, buffers: Buffers, place: int) -> None:
-        into = buffers.images[place], buffers.labels[place]
-        augment_segmentation(*pair(raw), rng, how, into)
+        mask = masks(raw)
+        # A JPEG reduced by less than half takes longer to decode than whole (docs/log.md).
+        decode = _decoder(raw, min_factor=2)
+        augment_segmentation(decode, mask, rng, how, (buffers.images[place], buffers.labels[place]))
 
     return write
 
 
-def _decoder(raw: RawSample) -> Callable[[int, int], Pixels]:
+def _decoder(raw: RawSample, min_factor: int = 1) -> Decode:
     return lambda height, width: decode_image_scaled(
-        raw.image, raw.key, min_height=height, min_width=width
+        raw.image, raw.key, min_height=height, min_width=width, min_factor=min_factor
     )
 
 
 def _pair_decoder(
-    dataset: Dataset, num_classes: int, decode: Callable[[bytes, str], Pixels]
+    dataset: Dataset, num_classes: int
 ) -> Callable[[RawSample], tuple[Pixels, Pixels]]:
+    decode = _mask_decoder(dataset, num_classes)
+    return lambda raw: (decode_image(raw.image, raw.key), decode(raw))
+
+
+def _mask_decoder(dataset: Dataset, num_classes: int) -> Callable[[RawSample], Pixels]:
     ignore_label = dataset.manifest.ignore_label
+    unknown = [(num_classes, 255)]  # first and last of ids that are neither classes nor ignored
+    if ignore_label is not None and ignore_label >= num_classes:
+        unknown = [(num_classes, ignore_label - 1), (ignore_label + 1, 255)]
 
-    def pair(raw: RawSample) -> tuple[Pixels, Pixels]:
-        image, mask = decode(raw.image, raw.key), decode_mask(raw.label, raw.key)
-        if image.shape[:2] != mask.shape:
+    def decode(raw: RawSample) -> Pixels:
+        mask = decode_mask(raw.label, raw.key)
+        if mask.shape != (raw.height, raw.width):
             raise DataError(
-                f"{raw.key}: the image has {image.shape[:2]} pixels, its mask {mask.shape}; "
-                "correct the pair and prepare the data set again"
+                f"{raw.key}: the image has {(raw.height, raw.width)} pixels, its mask "
+                f"{mask.shape}; correct the pair and prepare the data set again"
             )
-        unknown = (mask >= num_classes) & (mask != ignore_label)
-        if unknown.any():
-            raise DataError(
-                f"{raw.key}: the mask has ids {np.unique(mask[unknown])[:9].tolist()} in a data "
-                f"set of {num_classes} classes; correct it and prepare the data set again"
-            )
-        return image, mask
+        for low, high in unknown:
+            if low <= high and cv2.hasNonZero(cv2.inRange(mask, low, high)):
+                ids = np.unique(mask)
+                raise DataError(
+                    f"{raw.key}: the mask has ids {ids[(low <= ids) & (ids <= high)][:9].tolist()} "
+                    f"in a data set of {num_classes} classes; correct it and prepare the data set "
+                    "again"
+                )
+        return mask
 
-    return pair
+    return decode
 
 
 def _label_decoder(task: str, num_classes: int) -> Callable[[RawSample], Label]:

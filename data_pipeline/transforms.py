@@ -5,13 +5,12 @@ for all releases, which numpy's Generator does not.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from random import Random
 
 import cv2
 import numpy as np
-from numpy.typing import NDArray
 
 from data_pipeline.decode import Pixels
 
@@ -44,7 +43,7 @@ class SegmentationAugmentation:
 
 
 def augment_segmentation(
-    image: Pixels,
+    decode: Decode,
     mask: Pixels,
     rng: Random,
     how: SegmentationAugmentation,
@@ -52,27 +51,28 @@ def augment_segmentation(
 ) -> tuple[Pixels, Pixels]:
     """Random scale, padding at the bottom and right, random crop, random flip, in that order.
 
-    Takes RGB `(H, W, 3)` or RGBX `(H, W, 4)` and `(H, W)`, gives RGB `(*crop, 3)` and `crop`, in
-    the memory of `into` where that is given. The image is resized bilinearly, the mask to the
-    nearest pixel, both with aligned corners; only the crop window is computed.
+    Takes a mask `(H, W)` and what decodes its image, gives RGB `(*crop, 3)` and `crop`, in the
+    memory of `into` where that is given. The image is resized bilinearly, the mask to the nearest
+    pixel; only the crop window is computed, of whole pixels of the source, so that it lies within
+    a pixel of where the reference has it (docs/decisions/0015).
     """
     scale = _draw_scale(rng, how)
-    size, crop = mask.shape, how.crop
-    scaled = [max(1, int(side * scale)) for side in size]
-    starts = [_draw_index(rng, max(0, s - c) + 1) for s, c in zip(scaled, crop, strict=True)]
-    rows, columns = map(_source_positions, size, scaled, starts, crop)
+    scaled = [max(1, int(side * scale)) for side in mask.shape]
+    starts = [_draw_index(rng, max(0, s - c) + 1) for s, c in zip(scaled, how.crop, strict=True)]
+    shown = Window(*starts, *map(min, scaled, how.crop))
     flip = how.flip and rng.random() < 0.5
-    window, labels = into or (np.empty((*crop, 3), np.uint8), np.empty(crop, np.uint8))
-    height, width = len(rows), len(columns)
-    left = crop[1] - width if flip else 0
-    part = slice(height), slice(left, left + width)
-    columns = columns[::-1] if flip else columns
-    if tuple(scaled) == size:
-        _copy(image, rows, columns, window[part])
-    else:
-        _sample_bilinear(image, rows, columns, window[part])
-    _sample_nearest(mask, rows, columns, labels[part])
-    if (height, width) != crop:
+    window, labels = into or (np.empty((*how.crop, 3), np.uint8), np.empty(how.crop, np.uint8))
+    left = how.crop[1] - shown.width if flip else 0
+    part = slice(shown.height), slice(left, left + shown.width)
+    image = decode(*map(min, scaled, mask.shape))
+    for source, out, interpolation in (
+        (image, window[part], cv2.INTER_LINEAR),
+        (mask, labels[part], cv2.INTER_NEAREST_EXACT),
+    ):
+        _resize_part(source, scaled, shown, interpolation, out)
+        if flip:
+            cv2.flip(out, 1, dst=out)
+    if (shown.height, shown.width) != how.crop:
         _fill_around(window, part, how.mean_pixel)
         _fill_around(labels, part, (how.ignore_label,))
     return window, labels
@@ -153,12 +153,29 @@ def resize_window(
         min(size[0], math.ceil(size[0] * crop[0] / window.height)),
         min(size[1], math.ceil(size[1] * crop[1] / window.width)),
     )
-    rows = _scaled_span(window.top, window.height, size[0], image.shape[0])
-    columns = _scaled_span(window.left, window.width, size[1], image.shape[1])
+    rows, columns = _spans(size, window, image)
     part = image[rows, columns]
     shrinks = part.shape[0] >= 1.2 * crop[0] and part.shape[1] >= 1.2 * crop[1]
     method = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
     return cv2.resize(part, (crop[1], crop[0]), dst=out, interpolation=method)
+
+
+def _resize_part(
+    source: Pixels, size: Sequence[int], window: Window, interpolation: int, out: Pixels
+) -> None:
+    """Write to `out` what `window` shows of the source resized to `size`."""
+    rows, columns = _spans(size, window, source)
+    cv2.resize(
+        source[rows, columns], (window.width, window.height), dst=out, interpolation=interpolation
+    )
+
+
+def _spans(size: Sequence[int], window: Window, image: Pixels) -> tuple[slice, slice]:
+    """The rows and columns of the image that show `window` of an image of `size`."""
+    return (
+        _scaled_span(window.top, window.height, size[0], image.shape[0]),
+        _scaled_span(window.left, window.width, size[1], image.shape[1]),
+    )
 
 
 def _scaled_span(start: int, length: int, full: int, decoded: int) -> slice:
@@ -178,60 +195,6 @@ def _draw_scale(rng: Random, how: SegmentationAugmentation) -> float:
         return low + (high - low) * rng.random()
     # The margin keeps the last value when (high - low) / step comes out a hair below an integer.
     return low + how.scale_step * _draw_index(rng, int((high - low) / how.scale_step + 1e-6) + 1)
-
-
-def _source_positions(side: int, scaled: int, start: int, length: int) -> NDArray[np.float64]:
-    """Where the pixels start, start + 1, ... of a side resized to `scaled` lie in the original.
-
-    At most `length` of them; corners aligned: pixel `scaled - 1` is pixel `side - 1`.
-    """
-    positions = np.arange(start, min(start + length, scaled), dtype=np.float64)
-    # Divided last: positions half way between two pixels come out exact, so rounding is defined.
-    return positions * (side - 1) / max(1, scaled - 1)
-
-
-def _copy(
-    image: Pixels, rows: NDArray[np.float64], columns: NDArray[np.float64], out: Pixels
-) -> None:
-    """Write the RGB image at whole positions, one pixel apart, to `out`."""
-    left, right = sorted((int(columns[0]), int(columns[-1])))
-    window = image[int(rows[0]) : int(rows[-1]) + 1, left : right + 1]
-    window = cv2.flip(window, 1) if columns[0] > columns[-1] else window
-    if image.shape[2] == 3:
-        out[:] = window
-    else:
-        cv2.cvtColor(window, cv2.COLOR_RGBA2RGB, dst=out)
-
-
-def _sample_bilinear(
-    image: Pixels, rows: NDArray[np.float64], columns: NDArray[np.float64], out: Pixels
-) -> None:
-    """Write the RGB image at the evenly spaced positions `rows` x `columns` to `out`."""
-    if image.shape[2] == 3:
-        image = cv2.cvtColor(image, cv2.COLOR_RGB2RGBA)
-    matrix = np.zeros((2, 3))
-    for axis, positions in enumerate((columns, rows)):
-        matrix[axis, axis] = positions[1] - positions[0] if len(positions) > 1 else 1.0
-        matrix[axis, 2] = positions[0]
-    window = cv2.warpAffine(
-        image,
-        matrix,
-        (len(columns), len(rows)),
-        flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
-        borderMode=cv2.BORDER_REPLICATE,  # rounding may step over the last pixel by a hair
-    )
-    cv2.cvtColor(window, cv2.COLOR_RGBA2RGB, dst=out)
-
-
-def _sample_nearest(
-    mask: Pixels, rows: NDArray[np.float64], columns: NDArray[np.float64], out: Pixels
-) -> None:
-    """Write the mask at the positions `rows` x `columns` to `out`."""
-    row, column = (np.floor(positions + 0.5).astype(np.int64) for positions in (rows, columns))
-    # Halves go up, as in the reference. Whole rows are copied a fifth as long as single pixels, so
-    # the columns are taken as rows of the transpose; "clip" spares a check, nothing is outside.
-    strip = cv2.transpose(mask[row[0] : row[-1] + 1]).take(column, axis=0, mode="clip")
-    out[:] = cv2.transpose(strip).take(row - row[0], axis=0, mode="clip")
 
 
 def _fill_around(array: Pixels, part: tuple[slice, slice], value: tuple[float, ...]) -> None:

@@ -7,50 +7,58 @@ under "labels"; or `cls`, names or ids separated by commas.
 import json
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from data_pipeline.archives import TarMember, read_bytes, tar_members
+from data_pipeline.archives import TarMember, file_place, read_bytes, tar_members
 from data_pipeline.errors import DataError
 from data_pipeline.formats.sample import Item, Sample, make_key, multilabel_sample
+from data_pipeline.source_tree import SourceTree
 
 _IMAGES = ("jpg", "jpeg", "png")
 _LABELS = ("json", "cls")
 _SEPARATORS = re.compile(r"[,\n]")
+_CONNECTIONS = 16
 _NUMBERED = re.compile(r"(.+?)[-_.]\d+\.tar")
 
 
-def find_shards(source: Path) -> dict[str, list[Path]]:
-    """The shards in `source` and its folders, by the names of their splits."""
-    found: dict[str, list[Path]] = {}
-    for path in sorted(source.glob("*/*.tar")):
-        found.setdefault(path.parent.name, []).append(path)
-    for path in sorted(source.glob("*.tar")):
-        if match := _NUMBERED.fullmatch(path.name):
-            found.setdefault(match[1], []).append(path)
+def find_shards(tree: SourceTree) -> dict[str, list[str]]:
+    """The shards in the root and its folders, by the names of their splits."""
+    found: dict[str, list[str]] = {}
+    for folder in tree.folders():
+        for name, file in tree.files(folder).items():
+            if name.endswith(".tar"):
+                found.setdefault(folder, []).append(file_place(file))
+    for name, file in tree.files().items():
+        if match := _NUMBERED.fullmatch(name):
+            found.setdefault(match[1], []).append(file_place(file))
     return found
 
 
-def list_items(shards: Sequence[Path]) -> list[Item]:
+def list_items(shards: Sequence[str]) -> list[Item]:
     """The samples of the shards: members of one name up to its first dot, as WebDataset has it.
 
     Raises:
         DataError: a shard is no tar archive, or cut short.
     """
+    with ThreadPoolExecutor(_CONNECTIONS) as threads:  # a bucket's are listed by many requests
+        return [item for items in threads.map(_list_shard, shards) for item in items]
+
+
+def _list_shard(shard: str) -> list[Item]:
     items = []
-    for path in shards:
-        samples: dict[str, dict[str, TarMember]] = {}
-        for member in tar_members(str(path.resolve())):
-            folder, _, base = member.name.rpartition("/")
-            stem, _, extension = base.partition(".")
-            name = f"{folder}/{stem}" if folder else stem
-            samples.setdefault(name, {})[extension.lower()] = member
-        for name, members in samples.items():
-            image = next((members[kind] for kind in _IMAGES if kind in members), None)
-            label = next((members[kind] for kind in _LABELS if kind in members), None)
-            files = tuple(member for member in (image, label) if member is not None)
-            problem = None if len(files) == 2 else f"{path}: {name} has {', '.join(members)} only"
-            items.append(Item(key=make_key(name), files=files, label=problem))
+    samples: dict[str, dict[str, TarMember]] = {}
+    for member in tar_members(shard):
+        folder, _, base = member.name.rpartition("/")
+        stem, _, extension = base.partition(".")
+        name = f"{folder}/{stem}" if folder else stem
+        samples.setdefault(name, {})[extension.lower()] = member
+    for name, members in samples.items():
+        image = next((members[kind] for kind in _IMAGES if kind in members), None)
+        label = next((members[kind] for kind in _LABELS if kind in members), None)
+        files = tuple(member for member in (image, label) if member is not None)
+        problem = None if len(files) == 2 else f"{shard}: {name} has {', '.join(members)} only"
+        items.append(Item(key=make_key(name), files=files, label=problem))
     return items
 
 

@@ -12,7 +12,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -44,24 +43,11 @@ def splits(source: Place) -> tuple[str, ...]:
 
 def _splits(tree: SourceTree) -> tuple[str, ...]:
     found = [name.removesuffix(_PARQUET) for name in tree.files() if name.endswith(_PARQUET)]
-    found += [*label_lists.find_lists(tree), *_shards(tree)]
+    found += [*label_lists.find_lists(tree), *labelled_shards.find_shards(tree)]
     twice = sorted({name for name in found if found.count(name) > 1})
     if twice:
         raise DataError(f"{tree.root}: {twice[0]} is there in two forms; leave one of them")
     return tuple(sorted(found))
-
-
-def _shards(tree: SourceTree) -> dict[str, list[Path]]:
-    """The WebDataset shards by the names of their splits."""
-    if is_local(tree.root):
-        return labelled_shards.find_shards(Path(tree.root))
-    folders = [tree.files(), *map(tree.files, tree.folders())]
-    if any(name.endswith(".tar") for files in folders for name in files):
-        raise DataError(
-            f"{tree.root}: WebDataset shards are prepared from a disk only; train on them where "
-            "they are (atrous data index), or copy them to a disk"
-        )
-    return {}
 
 
 def read_split(source: Place, split: str) -> Split:
@@ -82,7 +68,7 @@ def read_split(source: Place, split: str) -> Split:
         items = label_lists.list_items(tree, listed)
         load_item = partial(label_lists.load, class_ids)
     else:
-        items = labelled_shards.list_items(_shards(tree)[split])
+        items = labelled_shards.list_items(labelled_shards.find_shards(tree)[split])
         load_item = partial(labelled_shards.load, class_ids)
     return Split(
         task="multilabel",

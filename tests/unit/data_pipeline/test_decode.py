@@ -17,7 +17,6 @@ from data_pipeline.decode import (
     MAX_PIXELS,
     decode_class,
     decode_image,
-    decode_image_rgbx,
     decode_image_scaled,
     decode_labels,
     decode_mask,
@@ -113,6 +112,15 @@ def test_scaled_decoding_is_no_smaller_than_asked(
     assert_close(decoded, cv2.resize(SMOOTH, size, interpolation=cv2.INTER_AREA), mean=2.0)
 
 
+def test_scaled_decoding_may_begin_at_half() -> None:
+    data = encode(Image.fromarray(SMOOTH), "JPEG", quality=95)
+    sizes = [
+        decode_image_scaled(data, "k", min_height=height, min_width=1, min_factor=2).shape[:2]
+        for height in (60, 61, 90)
+    ]
+    assert sizes == [(60, 80), (120, 160), (120, 160)]
+
+
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.01, 0.5, 0.9])
 def test_truncated_images_are_named(kind: str, share: float) -> None:
@@ -166,20 +174,6 @@ def test_masks_of_another_kind_are_refused() -> None:
         decode_mask(encode(Image.fromarray(NOISE), "PNG"), "k")
     with pytest.raises(DataError, match="not a PNG"):
         decode_mask(encode(Image.fromarray(IDS), "JPEG"), "k")
-
-
-@pytest.mark.parametrize("kind", ["RGB", "L", "CMYK", "PNG", "WEBP"])
-def test_four_channels_begin_with_the_three(kind: str) -> None:
-    image = Image.fromarray(SMOOTH)
-    if kind in ("RGB", "L", "CMYK"):
-        data = encode(image.convert(kind), "JPEG", quality=95)
-    else:
-        data = encode(image, kind)
-    decoded = decode_image_rgbx(data, "k")
-    assert decoded.shape == (120, 160, 4)
-    assert np.array_equal(decoded[..., :3], decode_image(data, "k"))
-    with pytest.raises(DataError, match="bird17: cannot decode the image"):
-        decode_image_rgbx(data[: len(data) // 2], "bird17")
 
 
 def chunk(name: bytes, data: bytes) -> bytes:

@@ -143,6 +143,20 @@ def test_pictures_of_ones_own(tmp_path, upload):
         prepare("folder", upload(tmp_path / "mine", "other"), tmp_path / "c", workers=1)
 
 
+@pytest.mark.parametrize("place", ["train-{:05d}.tar", "train/{}.tar"])
+def test_labelled_shards(tmp_path, upload, place):
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw/classes.txt").write_text("ant\nbee\n")
+    for shard in range(3):
+        picture = simplejpeg.encode_jpeg(np.zeros((8, 9 + shard, 3), np.uint8))
+        members = {f"{shard}-{i}.{kind}": picture for i in range(4) for kind in ("jpg", "cls")}
+        members = {n: b"bee" if n.endswith("cls") else data for n, data in members.items()}
+        (tmp_path / "raw" / place.format(shard)).parent.mkdir(exist_ok=True)
+        write_tar(tmp_path / "raw" / place.format(shard), members)
+    wanted = digests("multilabel", tmp_path / "raw", tmp_path / "a")
+    assert digests("multilabel", upload(tmp_path / "raw"), tmp_path / "b") == wanted
+
+
 @pytest.mark.parametrize("form", ["parquet", "tsv"])
 def test_lists_of_labels_and_paths(tmp_path, upload, form):
     (tmp_path / "raw/pictures").mkdir(parents=True)
@@ -234,7 +248,7 @@ def test_what_is_not_there_or_not_possible_is_said(tmp_path, bucket):
         file.write(b"x")
     with pytest.raises(DataError, match=r"missing JPEGImages.*found: train"):
         prepare("voc", storage.place, tmp_path / "out")
-    with pytest.raises(DataError, match="prepared from a disk only; train on them where"):
+    with pytest.raises(DataError, match=r"neither classes\.txt nor train\.parquet"):
         prepare("multilabel", storage.place, tmp_path / "out")
     with pytest.raises(StorageUnavailable, match="no such bucket"):
         prepare("voc", "s3://not-made-by-anyone/raw", tmp_path / "out")

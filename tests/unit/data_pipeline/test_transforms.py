@@ -1,4 +1,4 @@
-"""Augmentation, checked against doing it the long way: resize the whole image, pad, then crop."""
+"""Augmentation: the windows of the reference's, and what must hold of every one."""
 
 from collections import Counter
 from random import Random
@@ -36,76 +36,125 @@ class Script(Random):
         return self.values.pop(0)
 
 
-def the_long_way(
-    image: np.ndarray,
-    mask: np.ndarray,
-    scale: float,
-    offset: tuple[int, int],
-    crop: tuple[int, int],
-) -> tuple[np.ndarray, np.ndarray]:
-    """Resize the whole pair with torch's aligned corners, pad, cut out the crop."""
-    size = (int(image.shape[0] * scale), int(image.shape[1] * scale))
-    planes = torch.from_numpy(image).permute(2, 0, 1)[None].double()
-    resized = functional.interpolate(planes, size, mode="bilinear", align_corners=True)
-    image = resized[0].permute(1, 2, 0).numpy()
-    rows, columns = (
-        np.array([int(i * (old - 1) / (new - 1) + 0.5) for i in range(new)])
-        for old, new in zip(mask.shape, size, strict=True)
-    )
-    mask = mask[np.ix_(rows, columns)]
-    below, right = (max(0, c - s) for c, s in zip(crop, size, strict=True))
-    image = np.pad(image, ((0, below), (0, right), (0, 0)), constant_values=128)
-    mask = np.pad(mask, ((0, below), (0, right)), constant_values=255)
-    part = tuple(slice(o, o + c) for o, c in zip(offset, crop, strict=True))
-    return image[part], mask[part]
+def whole(image: np.ndarray) -> Any:
+    """A decoder that cannot decode at reduced size."""
+    return lambda height, width: image
 
 
-@pytest.mark.parametrize("scale", [0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0])
-@pytest.mark.parametrize("crop", [(33, 33), (65, 97), (129, 65), (257, 257)])
+def reduced(image: np.ndarray) -> Any:
+    """A decoder that halves an image whenever that is large enough, rounding up as JPEG does."""
+
+    def decode(height: int, width: int) -> np.ndarray:
+        half = ((image.shape[1] + 1) // 2, (image.shape[0] + 1) // 2)
+        small = half[1] >= height and half[0] >= width
+        return cv2.resize(image, half, interpolation=cv2.INTER_AREA) if small else image
+
+    return decode
+
+
+def script(scale: float, flip: bool) -> Script:
+    """Draws of one of the reference's scales, and of a window seven tenths down and right."""
+    return Script((scale - 0.5) / 0.25 / 7 + 0.01, 0.7, 0.7, 0.4 if flip else 0.6)
+
+
+SCALES = [0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0]
+CROPS = [(33, 33), (65, 97), (129, 65), (257, 257)]
+ROWS, COLUMNS = np.meshgrid(np.arange(75), np.arange(101), indexing="ij")
+
+
+@pytest.mark.parametrize("decoder", [whole, reduced])
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("crop", CROPS)
 @pytest.mark.parametrize("flip", [False, True])
-def test_the_window_equals_the_long_way(scale: float, crop: tuple[int, int], flip: bool) -> None:
-    size = (int(75 * scale), int(101 * scale))
-    offset = tuple(int(0.7 * (max(0, s - c) + 1)) for s, c in zip(size, crop, strict=True))
-    rng = Script((scale - 0.5) / 0.25 / 7 + 0.01, 0.7, 0.7, 0.4 if flip else 0.6)
+def test_pixels_lie_within_one_of_where_the_reference_has_them(
+    decoder: Any, scale: float, crop: tuple[int, int], flip: bool
+) -> None:
+    """Seen by an image that holds twice the number of each row and column, and masks of both.
+
+    The reference resizes the whole image with aligned corners and cuts the crop out.
+    """
+    image = 2 * np.stack([ROWS, COLUMNS, ROWS], axis=2).astype(np.uint8)
     how = SegmentationAugmentation(crop=crop)
-    image, mask = augment_segmentation(NOISE, IDS, rng, how)
-    expected, labels = the_long_way(NOISE, IDS, scale, offset, crop)
+    for axis, numbers in enumerate((ROWS, COLUMNS)):
+        rng, mask = script(scale, flip), numbers.astype(np.uint8)
+        window, labels = augment_segmentation(decoder(image), mask, rng, how)
+        assert rng.values == []
+        side, scaled = mask.shape[axis], int(mask.shape[axis] * scale)
+        start = int(0.7 * (max(0, scaled - crop[axis]) + 1))
+        length = min(scaled, crop[axis])
+        expected = (start + np.arange(length)) * (side - 1) / (scaled - 1)
+        inside = np.ix_((labels != 255).any(axis=1), (labels != 255).any(axis=0))
+        lines = np.stack([window[..., axis][inside] / 2, labels[inside]])
+        assert lines.shape[1 + axis] == length
+        lines = np.moveaxis(lines, 1 + axis, -1)
+        if flip and axis == 1:
+            lines = lines[..., ::-1]
+        error = np.abs(lines - expected)
+        assert error[0].max() <= 1.0
+        assert error[1].max() <= 1.5  # the nearest pixel is up to half a pixel away
+        assert np.abs(lines[0] - lines[1]).max() <= (1.5 if decoder is reduced else 1.0)
+        assert abs((lines[1] - expected).mean()) < 0.8
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("flip", [False, True])
+def test_an_image_that_is_seen_whole_is_resized(scale: float, flip: bool) -> None:
+    size = (int(75 * scale), int(101 * scale))
+    how = SegmentationAugmentation(crop=(150, 202))
+    image, mask = augment_segmentation(whole(NOISE), IDS, script(scale, flip), how)
+    planes = torch.from_numpy(NOISE).permute(2, 0, 1)[None].double()
+    expected = functional.interpolate(planes, size, mode="bilinear")[0].permute(1, 2, 0).numpy()
+    ids = torch.from_numpy(IDS)[None, None]
+    labels = functional.interpolate(ids, size, mode="nearest-exact")[0, 0].numpy()
     if flip:
-        expected, labels = expected[:, ::-1], labels[:, ::-1]
-    assert image.shape == (*crop, 3)
-    assert image.dtype == mask.dtype == np.uint8
-    assert np.array_equal(mask, labels)
-    # Some releases of OpenCV weigh pixels in steps of 1/32: 8 of 255 at the very worst.
-    assert np.abs(image - expected).max() <= 8
-    assert np.abs(image - expected).mean() < 1
-    assert rng.values == []
+        image, mask = image[:, ::-1], mask[:, ::-1]
+    assert np.abs(image[: size[0], : size[1]] - expected).max() <= 1
+    assert np.array_equal(mask[: size[0], : size[1]], labels)
+    assert set(mask[size[0] :].ravel()) | set(mask[:, size[1] :].ravel()) <= {255}
+
+
+@pytest.mark.parametrize("crop", CROPS)
+@pytest.mark.parametrize("flip", [False, True])
+def test_at_scale_one_pixels_are_cut_out(crop: tuple[int, int], flip: bool) -> None:
+    how = SegmentationAugmentation(crop=crop)
+    image, mask = augment_segmentation(whole(NOISE), IDS, script(1.0, flip), how)
+    top, left = (int(0.7 * (max(0, s - c) + 1)) for s, c in zip((75, 101), crop, strict=True))
+    height, width = (min(s, c) for s, c in zip((75, 101), crop, strict=True))
+    if flip:
+        image, mask = image[:, ::-1], mask[:, ::-1]
+    part = slice(top, top + height), slice(left, left + width)
+    assert np.array_equal(image[:height, :width], NOISE[part])
+    assert np.array_equal(mask[:height, :width], IDS[part])
 
 
 @pytest.mark.parametrize("seed", range(20))
 @pytest.mark.parametrize("crop", [(65, 97), (129, 150)])
-def test_given_memory_and_a_fourth_channel_change_nothing(seed: int, crop: tuple[int, int]) -> None:
+def test_given_memory_changes_nothing(seed: int, crop: tuple[int, int]) -> None:
     how = SegmentationAugmentation(crop=crop, mean_pixel=(1, 2, 3), ignore_label=9)
-    expected = augment_segmentation(NOISE, IDS, Random(seed), how)
+    expected = augment_segmentation(whole(NOISE), IDS, Random(seed), how)
     images, masks = np.empty((2, *crop, 3), np.uint8), np.empty((2, *crop), np.uint8)
-    padded = np.concatenate([NOISE, NOISE[..., :1]], axis=2)
-    augment_segmentation(padded, IDS, Random(seed), how, (images[1], masks[1]))
+    augment_segmentation(whole(NOISE), IDS, Random(seed), how, (images[1], masks[1]))
     assert np.array_equal(images[1], expected[0])
     assert np.array_equal(masks[1], expected[1])
 
 
-@pytest.mark.parametrize("flip", [False, True])
-def test_a_crop_of_one_pixel_lies_between_pixels(flip: bool) -> None:
-    image = np.zeros((3, 3, 3), np.uint8)
-    image[:, 1] = 100
-    how = SegmentationAugmentation(crop=(1, 1), scale=(5 / 3, 5 / 3))
-    rng = Script(0.0, 0.5, 0.3, 0.4 if flip else 0.6)  # 5 pixels, the second of them
-    window, _ = augment_segmentation(image, np.zeros((3, 3), np.uint8), rng, how)
-    assert abs(int(window[0, 0, 0]) - 50) <= 4
+def test_no_more_is_decoded_than_the_scale_needs() -> None:
+    asked = []
+
+    def decode(height: int, width: int) -> np.ndarray:
+        asked.append((height, width))
+        return NOISE
+
+    for scale in (0.5, 1.0, 2.0):
+        augment_segmentation(
+            decode, IDS, script(scale, False), SegmentationAugmentation(crop=(33, 33))
+        )
+    assert asked == [(37, 50), (75, 101), (75, 101)]
 
 
 def test_scale_one_without_crop_or_flip_changes_nothing() -> None:
     how = SegmentationAugmentation(crop=(75, 101), scale=(1, 1), flip=False)
-    image, mask = augment_segmentation(NOISE, IDS, Random(0), how)
+    image, mask = augment_segmentation(whole(NOISE), IDS, Random(0), how)
     assert np.array_equal(image, NOISE)
     assert np.array_equal(mask, IDS)
 
@@ -114,7 +163,7 @@ def test_padding_is_at_the_bottom_and_right() -> None:
     how = SegmentationAugmentation(
         crop=(90, 120), scale=(1, 1), flip=False, mean_pixel=(1, 2, 3), ignore_label=9
     )
-    image, mask = augment_segmentation(NOISE, IDS, Random(0), how)
+    image, mask = augment_segmentation(whole(NOISE), IDS, Random(0), how)
     assert np.array_equal(image[:75, :101], NOISE)
     assert np.array_equal(mask[:75, :101], IDS)
     assert {tuple(p) for p in image[75:].reshape(-1, 3)} == {(1, 2, 3)}
@@ -129,7 +178,7 @@ def test_image_and_mask_stay_together() -> None:
     image = np.repeat(ids[..., None], 3, axis=2)
     how = SegmentationAugmentation(crop=(65, 65))
     for seed in range(50):
-        window, mask = augment_segmentation(image, ids, Random(seed), how)
+        window, mask = augment_segmentation(whole(image), ids, Random(seed), how)
         inside = (mask != 255) & ((window[..., 0] == 0) | (window[..., 0] == 200))
         assert np.array_equal(window[..., 0][inside], mask[inside])
         assert inside.sum() > 0.8 * (mask != 255).sum()
@@ -139,7 +188,7 @@ def scales_drawn(scale: tuple[float, float], step: float, draws: int) -> Counter
     """How wide a 1000 pixel image becomes, seen by where its padding starts."""
     image, mask = np.zeros((2, 1000, 3), np.uint8), np.zeros((2, 1000), np.uint8)
     how = SegmentationAugmentation(crop=(4, 2001), scale=scale, scale_step=step, flip=False)
-    results = (augment_segmentation(image, mask, Random(i), how)[1] for i in range(draws))
+    results = (augment_segmentation(whole(image), mask, Random(i), how)[1] for i in range(draws))
     return Counter(int((result[0] == 0).sum()) for result in results)
 
 
@@ -166,7 +215,7 @@ def test_every_crop_position_is_reached_equally() -> None:
     image = np.zeros((3, 4, 3), np.uint8)
     how = SegmentationAugmentation(crop=(2, 2), scale=(1, 1), flip=False)
     corners = Counter(
-        int(augment_segmentation(image, ids, Random(i), how)[1][0, 0]) for i in range(600)
+        int(augment_segmentation(whole(image), ids, Random(i), how)[1][0, 0]) for i in range(600)
     )
     assert sorted(corners) == [0, 1, 2, 4, 5, 6]
     assert sum((n - 100) ** 2 / 100 for n in corners.values()) < 20.5  # chi-square, 99.9 %
@@ -177,7 +226,7 @@ def test_thin_images_pass(shape: tuple[int, int]) -> None:
     image, mask = np.full((*shape, 3), 7, np.uint8), np.full(shape, 3, np.uint8)
     for seed in range(30):
         how = SegmentationAugmentation(crop=(17, 17))
-        window, labels = augment_segmentation(image, mask, Random(seed), how)
+        window, labels = augment_segmentation(whole(image), mask, Random(seed), how)
         assert window.shape == (17, 17, 3)
         assert set(labels.ravel()) <= {3, 255}
         assert 3 in labels
@@ -203,22 +252,6 @@ def test_windows_lie_in_the_image_and_keep_their_promises(size: tuple[int, int])
 def test_an_image_too_long_for_any_draw_gives_its_centre() -> None:
     assert random_window((30, 400), Random(0), (0.9, 1.0)) == Window(0, 180, 30, 40)
     assert random_window((400, 30), Random(0), (0.9, 1.0)) == Window(180, 0, 40, 30)
-
-
-def whole(image: np.ndarray) -> Any:
-    """A decoder that cannot decode at reduced size."""
-    return lambda height, width: image
-
-
-def reduced(image: np.ndarray) -> Any:
-    """A decoder that halves an image whenever that is large enough."""
-
-    def decode(height: int, width: int) -> np.ndarray:
-        half = (image.shape[1] // 2, image.shape[0] // 2)
-        small = half[1] >= height and half[0] >= width
-        return cv2.resize(image, half, interpolation=cv2.INTER_AREA) if small else image
-
-    return decode
 
 
 def test_a_reduced_decode_shows_the_same_window() -> None:
