@@ -228,21 +228,51 @@ def _bytes_of(file: str, extension: str) -> dict[str, bytes]:
     return {"image": path.read_bytes(), "label": label}
 
 
-def floor(case: Case) -> Round:
-    """libjpeg-turbo, and libpng of masks, at full size on as many threads; from memory."""
-    raws = list(read_all(case))
+def _opencv(data: bytes) -> Any:
+    return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+
+
+def _pillow(data: bytes) -> Any:
+    return np.asarray(Image.open(io.BytesIO(data)))
+
+
+FLOOR = "floor"
+# name -> decoders of pictures (libjpeg-turbo, all three) and of masks
+DECODERS = {
+    FLOOR: (simplejpeg.decode_jpeg, _opencv),
+    "decoding published files whole, simplejpeg and Pillow": (simplejpeg.decode_jpeg, _pillow),
+    "decoding published files whole, OpenCV": (_opencv, _opencv),
+    "decoding published files whole, Pillow": (_pillow, _pillow),
+}
+
+
+def decoding(case: Case, name: str) -> Round:
+    """Nothing but decoding at full size, on as many threads, from memory.
+
+    `FLOOR` reads the bytes of our shards, in which masks have no filters; others the files as they
+    were before preparation.
+    """
+    picture, label = DECODERS[name]
+    if name == FLOOR:
+        pairs = [(raw.image, raw.label) for raw in read_all(case)]
+    else:
+        source = case.root / f"{case.task}-source"
+        pairs = [
+            (path.read_bytes(), (source / "masks" / "train" / f"{path.stem}.png").read_bytes())
+            for path in sorted((source / "images" / "train").iterdir())
+        ]
     shares = [
-        [raws[i % len(raws)] for i in range(first, first + case.batch)]
+        [pairs[i % len(pairs)] for i in range(first, first + case.batch)]
         for first in range(0, case.steps * case.batch, case.batch)
     ]
     pool = ThreadPoolExecutor(case.threads)
     cv2.setNumThreads(0)
 
-    def decode(share: list[Any]) -> None:
-        for raw in share:
-            simplejpeg.decode_jpeg(raw.image)
+    def decode(share: list[tuple[bytes, bytes]]) -> None:
+        for image, mask in share:
+            picture(image)
             if case.task == "segmentation":
-                cv2.imdecode(np.frombuffer(raw.label, np.uint8), cv2.IMREAD_UNCHANGED)
+                label(mask)
 
     def run() -> tuple[int, float, float]:
         with clock() as spent:
