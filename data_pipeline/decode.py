@@ -30,6 +30,7 @@ _JPEG = b"\xff\xd8"
 _PNG = b"\x89PNG\r\n\x1a\n"
 # Few and harmless ones only: others of Pillow's start programs (EPS) or are hardly ever read.
 _PILLOW_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
+_ORIENTATION = 274  # the tag, in EXIF and TIFF
 
 
 def decode_image(data: bytes, key: str) -> Pixels:
@@ -200,7 +201,19 @@ def _open_with_pillow(data: bytes) -> Image.Image:
     except UnidentifiedImageError:
         raise ValueError(f"not an image, or its header is damaged; it {_beginning(data)}") from None
     _check_size(image.height, image.width)
+    require_upright(image)
     return image
+
+
+def require_upright(image: Image.Image) -> None:
+    """Refuse a TIFF that says it is turned: Pillow turns the pixels, which no mask follows.
+
+    Raises:
+        ValueError: it has an orientation other than 1.
+    """
+    turned = image.getexif().get(_ORIENTATION, 1) if image.format == "TIFF" else 1
+    if turned != 1:
+        raise ValueError(f"TIFF of orientation {turned}; store its pixels upright")
 
 
 @contextmanager

@@ -19,7 +19,7 @@ import pyarrow as pa
 from PIL import Image, UnidentifiedImageError
 
 from data_pipeline.archives import MAX_MEMBER, is_inside
-from data_pipeline.decode import decode_mask
+from data_pipeline.decode import decode_mask, require_upright
 from data_pipeline.errors import DataError
 from data_pipeline.formats.labelled_shards import parse_labels, to_class_ids
 from data_pipeline.formats.sample import MAX_PIXELS
@@ -263,6 +263,7 @@ def _image_size(data: bytes, key: str) -> tuple[int, int]:
     try:
         with Image.open(io.BytesIO(data), formats=_PILLOW_FORMATS) as image:
             width, height = image.size
+            require_upright(image)
     except UnidentifiedImageError:
         reason = f"it begins with {data[:16]!r}" if data else "it is empty"
         raise DataError(f"{key}: no image: {reason}") from None

@@ -46,20 +46,33 @@ def list_items(shards: Sequence[str]) -> list[Item]:
 
 
 def _list_shard(shard: str) -> list[Item]:
-    items = []
     samples: dict[str, dict[str, TarMember]] = {}
+    twice: dict[str, str] = {}
     for member in tar_members(shard):
         folder, _, base = member.name.rpartition("/")
         stem, _, extension = base.partition(".")
         name = f"{folder}/{stem}" if folder else stem
-        samples.setdefault(name, {})[extension.lower()] = member
-    for name, members in samples.items():
-        image = next((members[kind] for kind in _IMAGES if kind in members), None)
-        label = next((members[kind] for kind in _LABELS if kind in members), None)
-        files = tuple(member for member in (image, label) if member is not None)
-        problem = None if len(files) == 2 else f"{shard}: {name} has {', '.join(members)} only"
-        items.append(Item(key=make_key(name), files=files, label=problem))
-    return items
+        members, kind = samples.setdefault(name, {}), extension.lower()
+        if kind in members:
+            twice[name] = kind
+        members[kind] = member
+    return [_item(shard, name, members, twice.get(name)) for name, members in samples.items()]
+
+
+def _item(shard: str, name: str, members: Mapping[str, TarMember], twice: str | None) -> Item:
+    """A sample; its label says what is wrong with its members, None: nothing."""
+    image = next((members[kind] for kind in _IMAGES if kind in members), None)
+    label = next((members[kind] for kind in _LABELS if kind in members), None)
+    files = tuple(member for member in (image, label) if member is not None)
+    problem = None
+    if twice is not None:
+        problem = f"{shard}: {name} has two members .{twice}; one of the two would be lost"
+    elif len(files) != 2:
+        problem = (
+            f"{shard}: {name} has {', '.join(members)} only; a sample needs one of "
+            f"{', '.join(_IMAGES)} and of {', '.join(_LABELS)}"
+        )
+    return Item(key=make_key(name), files=files, label=problem)
 
 
 def load(class_ids: Mapping[str, int], item: Item) -> Sample:
@@ -69,9 +82,7 @@ def load(class_ids: Mapping[str, int], item: Item) -> Sample:
         DataError: picture or labels are missing or broken, or a label is unknown.
     """
     if item.label is not None:
-        raise DataError(
-            f"{item.label}; a sample needs one of {', '.join(_IMAGES)} and of {', '.join(_LABELS)}"
-        )
+        raise DataError(item.label)
     image, label = item.files
     labels = parse_labels(read_bytes(label), str(label))
     return multilabel_sample(item, read_bytes(image), labels, class_ids, str(image))

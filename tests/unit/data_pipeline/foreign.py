@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 import simplejpeg
 import webdataset as wds
+from PIL import Image
 
 from data_pipeline.config import ShardContents
 from data_pipeline.manifest import Manifest
@@ -32,6 +33,12 @@ def jpeg(index: int, **size: int) -> bytes:
 
 def png(pixels: np.ndarray) -> bytes:
     return cv2.imencode(".png", pixels)[1].tobytes()
+
+
+def tiff(orientation: int) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(picture(0)).save(stream, "TIFF", tiffinfo={274: orientation})
+    return stream.getvalue()
 
 
 def mask(index: int, classes: int = 5) -> np.ndarray:

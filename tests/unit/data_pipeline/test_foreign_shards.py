@@ -22,6 +22,7 @@ from tests.unit.data_pipeline.foreign import (
     pack,
     picture,
     png,
+    tiff,
     write,
 )
 
@@ -60,6 +61,7 @@ BROKEN: Mapping[str, tuple[str, list[tuple[str, bytes]], str]] = {
     "apart": ("classification", [JPEG, ("b.txt", b""), CLASS], "no label"),
     "picture": ("classification", labelled(image=b"<html>"), "a: no image: it begins"),
     "empty": ("classification", labelled(image=b""), "a: no image: it is empty"),
+    "turned": ("classification", labelled(image=tiff(orientation=3)), "a: no image: TIFF of orien"),
     "unknown": ("classification", labelled(b"5"), r"a\.cls: unknown labels 5; there are 5 classes"),
     "name": ("classification", labelled(b"yak"), "unknown labels yak"),
     "two": ("classification", labelled(b"1,2"), "2 labels; classification takes exactly one"),

@@ -226,6 +226,10 @@ def test_webdataset_shards_have_names_or_ids(tmp_path, place):
     [
         ({"a.jpg": picture(9)}, r"train-0\.tar: a has jpg only; a sample needs"),
         ({"a.cls": b"1"}, "a has cls only"),
+        (
+            {"a.jpg": picture(9), "a.cls": b"1", "b.txt": b"", "a.JPG": picture(10)},
+            r"train-0\.tar: a has two members \.jpg",
+        ),
         ({"a.jpg": picture(9), "a.cls": b"3"}, r"a\.jpg: unknown labels 3"),
         ({"a.jpg": picture(9), "a.json": b'["cow"]'}, "unknown labels cow"),
         ({"a.jpg": picture(9), "a.json": b"[-1]"}, "unknown labels -1"),

@@ -211,6 +211,17 @@ def test_deep_tiffs_are_refused_as_their_values_would_be_cut_off() -> None:
         decode_image(data, "k")
 
 
+@pytest.mark.parametrize("orientation", range(2, 9))
+def test_turned_tiffs_are_refused_as_pillow_would_turn_them_off_their_masks(
+    orientation: int,
+) -> None:
+    data = encode(NOISE, "TIFF", tiffinfo={274: orientation})
+    with pytest.raises(DataError, match=f"TIFF of orientation {orientation}; store"):
+        decode_image(data, "k")
+    upright = encode(NOISE, "TIFF", tiffinfo={274: 1})
+    assert np.array_equal(decode_image(upright, "k"), NOISE)
+
+
 def _png_claiming(height: int, width: int, color: int = 0) -> bytes:
     header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, color, 0, 0, 0)
     return (
