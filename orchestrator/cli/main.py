@@ -82,7 +82,8 @@ def run(
         options = {"force": force, "overrides": tuple(override or ())}
         parts = _carry_out(job, console, signals, attach=attach, **options)
     except JobStopped as stop:
-        typer.echo(f"{stop}\nthe same command, with a larger limit, goes on from there", err=True)
+        cure = "the same command goes on from there, after a limit with a larger one"
+        typer.echo(f"{stop}\n{cure}", err=True)
         raise typer.Exit(stop.exit_code) from None
     except Interrupted as signal:
         typer.echo(f"{signal}: the same command goes on from the last checkpoint", err=True)

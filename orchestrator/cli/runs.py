@@ -11,6 +11,8 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from orchestrator.launch.submit import Submission
+
 commands = typer.Typer()
 
 Storage = Annotated[
@@ -141,13 +143,7 @@ def submit(
     if kuberay:
         if package is None:
             raise typer.BadParameter("--kuberay needs --package s3://bucket/prefix")
-        if apply:
-            submitting.kubectl()  # before anything is uploaded
-        packed, uri = submitting.upload(
-            submission, package, lambda line: typer.echo(line, err=True)
-        )
-        manifest = submitting.kuberay_manifest(packed, uri, image)
-        typer.echo(submitting.apply(manifest) if apply else manifest)
+        typer.echo(_kuberay(submission, package, image, apply=apply))
         return
     if apply or package is not None:
         raise typer.BadParameter("--apply and --package go together with --kuberay")
@@ -160,6 +156,21 @@ def submit(
             typer.echo(f"{job_id} goes on without you; to stop it: ray job stop {job_id}", err=True)
             raise typer.Exit(130) from None
     typer.echo(f"its log: ray job logs {job_id} --follow")
+
+
+def _kuberay(submission: "Submission", package: str, image: str, *, apply: bool) -> str:
+    """The RayJob of a submission whose project is uploaded, or what kubectl says to it."""
+    from orchestrator.launch import submit as submitting
+
+    if not package.startswith("s3://"):
+        raise typer.BadParameter(f"--package {package}: pods fetch it from s3://bucket/prefix")
+    if apply:
+        submitting.kubectl()  # before anything is uploaded
+    packed, uri = submitting.upload(submission, package, lambda line: typer.echo(line, err=True))
+    for warning in submitting.pod_warnings(packed):
+        typer.secho(f"warning: {warning}", err=True, fg=typer.colors.YELLOW)
+    manifest = submitting.kuberay_manifest(packed, uri, image)
+    return submitting.apply(manifest) if apply else manifest
 
 
 @commands.command()

@@ -278,10 +278,29 @@ class PipelineJob(_Places, Limits):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"stages: the name {twice[0]!r} is used twice")
-        circle = [name for name in names if name not in {stage.name for stage in self.in_order}]
-        if circle:
-            raise ValueError(f"stages: {', '.join(circle)} start from each other, in a circle")
+        if circle := self._circle():
+            raise ValueError(
+                f"stages: {circle[0]} starts from itself"
+                if len(circle) == 1
+                else f"stages: {', '.join(circle)} start from each other, in a circle"
+            )
         return self
+
+    def _circle(self) -> list[str]:
+        """Names of stages that start from each other, in the order of the file."""
+        ordered = {stage.name for stage in self.in_order}
+        before = {
+            stage.name: stage.start_from.checkpoint
+            for stage in self.stages
+            if stage.start_from and stage.name not in ordered
+        }
+        name = next(iter(before), None)
+        seen: list[str] = []
+        while name is not None and name not in seen:  # those that lead into the circle come first
+            seen.append(name)
+            name = before[name]
+        inside = seen[seen.index(name) :] if name is not None else []
+        return [stage.name for stage in self.stages if stage.name in inside]
 
     @property
     def in_order(self) -> list[StageSettings]:

@@ -46,6 +46,7 @@ def _inline_stages(raw: dict[str, Any], path: Path) -> None:
         return  # the schema says what is wrong
     for index, entry in enumerate(stages):
         if not isinstance(entry, str):
+            _check_written_out(entry, f"{path}: stages[{index}]")
             continue
         stage_path = path.parent / entry
         try:
@@ -61,6 +62,14 @@ def _inline_stages(raw: dict[str, Any], path: Path) -> None:
             raise JobFileError(f"{path}: datasets, or those of {stage_path}, are not a mapping")
         raw["datasets"] = more | datasets
         stages[index] = stage
+
+
+def _check_written_out(entry: Any, where: str) -> None:
+    if isinstance(entry, dict) and "kind" in entry:
+        raise JobFileError(
+            f"{where}: kind: {entry['kind']!r}: what is written out here is a stage and has no "
+            "kind; leave it out. Sweeps and pipelines run by themselves"
+        )
 
 
 def _apply(raw: dict[str, Any], override: str) -> None:

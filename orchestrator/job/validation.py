@@ -9,10 +9,14 @@ from pydantic import BaseModel, ValidationError
 Schema = TypeVar("Schema", bound=BaseModel)
 
 _LIST, _SECTION = "should be a list, such as [1, 2]", "should be a section, which has keys"
+_WHEN = "should be a date and time with its zone, such as 2026-12-01T08:00:00+01:00"
 _UNKNOWN, _KEY = "unknown key", "the key"
 _WORDS = {
     "bool_parsing": "should be true or false",
     "bool_type": "should be true or false",
+    "datetime_from_date_parsing": _WHEN,
+    "datetime_parsing": _WHEN,
+    "datetime_type": _WHEN,
     "dict_type": _SECTION,
     "float_parsing": "should be a number",
     "float_type": "should be a number",

@@ -79,7 +79,8 @@ def parse_yaml(text: str) -> Any:
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         raise ValueError(f"{where}{problem}{cure and f'; {cure}'}") from None
     except yaml.YAMLError as error:
-        raise ValueError(" ".join(str(error).split())) from None
+        cure = "; save it as UTF-8" if "#x0000" in str(error) else ""  # UTF-16 without its mark
+        raise ValueError(f"{' '.join(str(error).split())}{cure}") from None
     except RecursionError:
         raise ValueError("is nested too deeply") from None
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from data_pipeline.config import as_size
 from orchestrator.job.config import StageSettings
 from orchestrator.job.duration import as_time, to_steps
+from orchestrator.launch.machine import Finding
 from orchestrator.runs.run import Run, read_journal
 from orchestrator.training.optimizer import base_rate, moments
 
@@ -47,7 +48,10 @@ _MACS_PER_GB = 3 * 13.9e9 * 281 / 936
 _LEAST_STEP = 0.05  # seconds, on a GPU
 _SHAPE = ("backbone", "width", "middle_units")
 _FULL = 0.9  # share of a device's memory
+_HOPELESS = 4  # times a device's memory: no error of the forecast
 _MUCH_EVALUATION = 0.5  # share of the hours
+_OFTEN = 10  # steps from one checkpoint to the next
+_SHORT = 1000  # steps of a training that is a trial
 _VERY_LONG = 90 * 24  # hours
 _CPU_SHARE = 0.5  # of a matrix product's speed
 
@@ -185,21 +189,34 @@ def forecast(
     )
 
 
+def much_memory(stage: StageSettings, found: Forecast) -> Finding | None:
+    """More than a worker's device has; by so much that the forecast's error is none: refused."""
+    room = found.device.bytes
+    if not room or found.memory <= _FULL * room or stage.micro_batch == "auto":
+        return None
+    return Finding(
+        "error" if found.memory > _HOPELESS * room else "warning",
+        stage.name,
+        f"a training step needs about {found.memory / 2**30:.0f} GiB of a worker, of which "
+        f"{found.device.name} has {room / 2**30:.0f}; set micro_batch (auto finds what fits), "
+        "lower data.train.crop, or take more workers",
+    )
+
+
 def forecast_warnings(stage: StageSettings, found: Forecast, data: Data) -> Iterator[str]:
     """What of a forecast is not as one would wish."""
-    room = found.device.bytes
-    if room and found.memory > _FULL * room and stage.micro_batch != "auto":
-        yield (
-            f"a training step needs about {found.memory / 2**30:.0f} GiB of a worker, of which "
-            f"{found.device.name} has {room / 2**30:.0f}; set micro_batch (auto finds what fits), "
-            "lower data.train.crop, or take more workers"
-        )
     every = to_steps(stage.checkpoint.every, data.train // stage.global_batch)
     hours = found.hours * min(every, found.steps) / found.steps
     if hours > 1:
         yield (
             f"checkpoint.every: {stage.checkpoint.every} is about {hours:.1f} hours, which a "
             "failure would cost; write them more often"
+        )
+    if every < _OFTEN and found.steps > _SHORT:
+        yield (
+            f"checkpoint.every: {stage.checkpoint.every} writes {found.steps // every} checkpoints "
+            f"of {found.checkpoint / 2**20:.0f} MiB, and training waits where one is not written "
+            "yet; write them less often"
         )
     if found.evaluation > _MUCH_EVALUATION:
         yield (

@@ -279,7 +279,8 @@ class Graph:
         elif isinstance(outcome, StageStopped):
             self._put_off(name, outcome.reason)
         elif isinstance(outcome, AtrousError):
-            self._give_up(name, str(outcome).removeprefix(f"{name}: "))
+            why = str(outcome).removeprefix(f"{name}: ")
+            self._give_up(name, why if branch.owned else f"not run: {why}")
         elif outcome is not None:
             raise outcome
 

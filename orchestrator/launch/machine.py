@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from data_pipeline.config import as_size
+from data_pipeline.storage import is_local
 from orchestrator.bucket import BucketPath
 from orchestrator.errors import RunError
 from orchestrator.job.config import StageSettings
@@ -20,6 +21,9 @@ from orchestrator.runs.server import tracking_uri
 
 _LITTLE_SHM = 2**30  # bytes
 _PROBE_SECONDS = 3.0
+_HASTE = 5.0  # seconds in which a store should answer
+_NOTHING = "manifest.json"  # whether it is there makes no difference
+_TRACKED_BY = ("http", "https", "file", "sqlite", "postgresql", "mysql", "mssql", "databricks")
 _NODE_GROUP = "ray.io/node-group"
 
 
@@ -172,6 +176,18 @@ def check_storage(storage: Path, room: int) -> list[Finding]:
     return []
 
 
+def check_answers(place: str) -> None:
+    """Ask the store of a place once: those who read there would wait for it, minutes each.
+
+    Raises:
+        DataError: it is away, or refuses.
+    """
+    if not is_local(place):
+        from data_pipeline.object_store import ObjectStore
+
+        ObjectStore(place.partition("://")[2], patience=_HASTE).size(_NOTHING)
+
+
 def _check_bucket(storage: BucketPath) -> list[Finding]:
     probe = storage / f"probe-{uuid.uuid4().hex}"
     try:
@@ -193,11 +209,18 @@ def _check_bucket(storage: BucketPath) -> list[Finding]:
 
 
 def check_tracking(storage: Path) -> list[Finding]:
-    """Whether an MLflow server answers; without one metrics wait in the storage."""
+    """Whether an MLflow server answers, or could; without one metrics wait in the storage."""
     from urllib.error import HTTPError, URLError
     from urllib.request import urlopen
 
     uri = tracking_uri(storage)
+    scheme, separator, _ = uri.partition("://")
+    if separator and scheme.partition("+")[0] not in _TRACKED_BY:
+        text = (
+            f"MLFLOW_TRACKING_URI: {scheme}:// is nothing that MLflow writes to; give http://HOST, "
+            "or a database such as postgresql+psycopg2://HOST/NAME"
+        )
+        return [Finding("error", "tracking", text)]
     if not uri.startswith(("http://", "https://")):
         return []
     try:

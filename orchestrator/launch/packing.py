@@ -12,8 +12,11 @@ from orchestrator.files import sha256
 
 LIMIT = 100 << 20  # bytes; Ray's own limit is 500 MiB, and each node keeps a copy
 _SECRET = re.compile(
-    r"(^|/)(\.env(\..*)?|\.netrc|\.pypirc|\.aws/.*|\.ssh/.*|id_(rsa|dsa|ecdsa|ed25519)|credentials"
-    r"|.*\.(pem|key|p12|pfx|kdbx))$"
+    r"(^|/)(\.env(\.(?!example$|sample$|template$).*)?|\.netrc|\.pgpass|\.pypirc|\.aws/.*|\.ssh/.*"
+    r"|id_(rsa|dsa|ecdsa|ed25519)|kubeconfig|auth_token|.*access_?keys?\.csv|rootkey\.csv"
+    r"|(.*[._-])?(credentials?|secrets?)(\.(json|ya?ml|toml|ini|csv|txt))?"
+    r"|.*\.(pem|key|p12|pfx|kdbx))$",
+    re.IGNORECASE,
 )
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # equal files make an equal archive
 

@@ -9,7 +9,7 @@ from data_pipeline.config import Shards
 from data_pipeline.errors import DataError
 from data_pipeline.storage import Place, is_local, join
 from orchestrator.bucket import on_disk, storage_path
-from orchestrator.errors import JobStopped
+from orchestrator.errors import JobStopped, StageFailed
 from orchestrator.files import digest
 from orchestrator.job.config import Job, PipelineJob, Prepared, StageJob, StageSettings
 from orchestrator.launch.budget import limit_reached
@@ -74,6 +74,9 @@ def run_job(
             status = "finished"
         except (Interrupted, JobStopped) as error:
             status, reason = "stopped", str(error)
+            raise
+        except StageFailed as error:
+            reason = str(error)
             raise
         finally:
             try:

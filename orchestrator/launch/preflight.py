@@ -1,5 +1,6 @@
 """What is wrong with a job, and what it will take, before anything of it runs."""
 
+import difflib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from data_pipeline.errors import DataError
 from data_pipeline.manifest import FILE_NAME, Manifest
 from data_pipeline.storage import join, open_storage
 from orchestrator.bucket import BucketPath, hasty, storage_path
-from orchestrator.errors import AtrousError
+from orchestrator.errors import AtrousError, CheckpointError, RunError
 from orchestrator.job.config import Job, PipelineJob, Prepared, StageSettings
 from orchestrator.job.duration import to_steps
 from orchestrator.job.sweep import SweepJob
@@ -24,9 +25,11 @@ from orchestrator.launch.forecast import (
     find_device,
     forecast,
     forecast_warnings,
+    much_memory,
 )
 from orchestrator.launch.machine import (
     Finding,
+    check_answers,
     check_machine,
     check_room,
     check_storage,
@@ -125,6 +128,10 @@ class _Preflight:
         if isinstance(self._storage, BucketPath) and (away := check_storage(self._storage, 0)):
             report.findings += away  # the rest would wait for it, minutes each
             return report
+        with report.noting("data_root"):
+            check_answers(self._job.data_directory)
+        if report.errors:
+            return report
         self._check_sources()
         room = None
         with report.noting("cluster"):
@@ -153,6 +160,8 @@ class _Preflight:
         for name, wanted in self._job.datasets.items():
             where = f"datasets.{name}"
             with self._report.noting(where):
+                if wanted.source is not None:
+                    check_answers(wanted.source)
                 users = [stage for stage in self._stages if name in _datasets(stage)]
                 prepared = self._is_prepared(name, wanted)
                 for text in source_problems(name, wanted, users, prepared=prepared):
@@ -224,6 +233,7 @@ class _Preflight:
             if not self._is_indexed_again(split):
                 self._look_at(split, stage.name)
         check_data(stage, train, val)
+        _check_some_class_counts(stage, train.manifest.class_names)
         return Data(train.num_samples, val.num_samples, train.manifest.class_names)
 
     def _open(self, role: str, part: TrainData | EvalData) -> Dataset:
@@ -269,13 +279,30 @@ class _Preflight:
             over = plan_hand_over(shapes, earlier.shapes, start, names)
             self._report.origins[stage.name] = f"{wanted.checkpoint}: {over.report()}"
         elif wanted.checkpoint not in self._report.unknown:
-            if wanted.checkpoint.startswith(TIMM):
-                wait_for_no_hub()
-            start_now = resolve_start(stage, self._storage, {})
+            start_now = self._resolve(stage, wanted.checkpoint)
             if start_now is not None:
                 over = plan_hand_over(shapes, read_shapes(start_now.file()), start_now, names)
                 origin = f"{wanted.checkpoint} (sha256 {start_now.digest[:12]})"
                 self._report.origins[stage.name] = f"{origin}: {over.report()}"
+
+    def _resolve(self, stage: StageSettings, place: str) -> Start | None:
+        """Where a stage starts that starts from none of this job.
+
+        Raises:
+            CheckpointError: it cannot; the field, why, and the cure.
+        """
+        try:
+            if place.startswith("s3://"):
+                check_answers(place)
+            if place.startswith(TIMM):
+                wait_for_no_hub()
+            return resolve_start(stage, self._storage, {})
+        except (AtrousError, DataError, OSError) as error:
+            names = [one.name for one in self._stages if one.name != stage.name]
+            near = difflib.get_close_matches(place, names, 1)
+            hint = f"; of this job, did you mean {near[0]!r}?" if near else ""
+            text = str(error).removeprefix("start_from: ")
+            raise CheckpointError(f"start_from: {text}{hint}") from None
 
     def _reckon(
         self, stage: StageSettings, network: "Network", data: Data, steps: int, device: Device
@@ -285,6 +312,8 @@ class _Preflight:
         if isinstance(self._job, SweepJob) and self._is_tuned(stage):
             stage, found = dearest(self._job, data, device, self._runs)
         report.forecasts.append(found)
+        if finding := much_memory(stage, found):
+            report.findings.append(finding)
         for text in forecast_warnings(stage, found, data):
             report.add("warning", stage.name, text)
 
@@ -317,6 +346,20 @@ def _datasets(stage: StageSettings) -> tuple[str, str]:
 
 def _stages(job: Job) -> list[StageSettings]:
     return job.in_order if isinstance(job, PipelineJob) else [job.settings]
+
+
+def _check_some_class_counts(stage: StageSettings, names: tuple[str, ...]) -> None:
+    """Refuse class weights under which nothing is learnt.
+
+    Raises:
+        RunError: the weight of every class is 0.
+    """
+    weights = stage.loss.class_weights
+    if not any(weights.get(name, 1.0) for name in names):
+        raise RunError(
+            f"{stage.name}: loss.class_weights: all {len(names)} classes have the weight 0, so the "
+            "loss is 0 and nothing is learnt; give the classes that count more than 0"
+        )
 
 
 def _check_shards(manifest: Manifest) -> None:

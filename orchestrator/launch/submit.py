@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from data_pipeline.storage import open_storage
+from data_pipeline.storage import is_local, open_storage
 from orchestrator.errors import RunError
 from orchestrator.job.config import Job
 from orchestrator.launch.packing import Package, pack, project_root
@@ -38,6 +38,7 @@ _FORWARDED = (
 _LOOK_EVERY = 2.0  # seconds
 _PATIENCE = 60.0  # seconds without an answer
 _LONGEST_NAME = 47  # of a RayJob
+_LOOPBACK = re.compile(r"\w+://(localhost|127\.[\d.]+|\[::1\])(:|/|$)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,7 +210,35 @@ def kuberay_manifest(submission: Submission, package_uri: str, image: str) -> st
             },
         },
     }
-    return yaml.safe_dump(manifest, sort_keys=False)
+    return yaml.dump(manifest, Dumper=_Dumper, sort_keys=False, width=1000)
+
+
+class _Dumper(yaml.SafeDumper):
+    """YAML for readers: no references, and a text of several lines as such."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        style = "|" if "\n" in data else None
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style=style)
+
+
+_Dumper.add_representer(str, _Dumper.represent_str)
+
+
+def pod_warnings(submission: Submission) -> Iterator[str]:
+    """What pods of Kubernetes cannot reach of what a job names."""
+    job = submission.job
+    for field, place in (("storage", job.storage), ("data_root", job.data_directory)):
+        if is_local(place):
+            yield (
+                f"{field}: {place} is a directory of a pod, which others do not see and which goes "
+                "with it; give s3://bucket/prefix, or mount a shared volume there in all pods"
+            )
+    for name, value in submission.environment.items():
+        if _LOOPBACK.match(value):
+            yield f"{name}: {value} is this machine's own address, which pods do not reach"
 
 
 def _label(name: str) -> str:

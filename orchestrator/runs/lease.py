@@ -55,11 +55,11 @@ def hold(directory: Path, attach: Callable[[str], None] | None = None) -> Iterat
             try:
                 lease = _take(directory, stack)
                 break
-            except RunError as error:
+            except RunError:
                 if attach is None:
                     raise
                 if not told:
-                    attach(f"{error}; this command waits for it")
+                    attach(f"{_owned(directory)}; this command waits for it")
                     told = True
                 time.sleep(_TICK)
         _held[directory] = lease
@@ -251,12 +251,17 @@ def _locked(directory: Path) -> bool:
     return False
 
 
-def _refusal(directory: Path) -> str:
+def _owned(directory: Path) -> str:
+    """Who runs it, in words."""
     record = _read(directory)[0]
     since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(record.get("since")))
     owner = f"{record['who']} since {since}" if record.get("token") else "another process"
+    return f"{directory.name} is being run by {owner}"
+
+
+def _refusal(directory: Path) -> str:
     return (
-        f"{directory.name} is being run by {owner}; give the same command with --attach to wait "
+        f"{_owned(directory)}; give the same command with --attach to wait "
         "for its result, or stop it (Ctrl-C there, or atrous stop STAGE) and give the same command "
         "again to go on in its place. One that died is succeeded by the same command, "
         f"{DEAD_AFTER:.0f} s after its last sign of life at the latest"

@@ -77,6 +77,12 @@ class Overview:
         return f"step {self.step}/{steps}" if steps else f"{len(self.stages)} stages"
 
     @property
+    def updated(self) -> float:
+        """When it last told something: its record, or a line of its journal."""
+        logged = self.journal[-1].get("time", 0.0) if self.journal else 0.0
+        return max(float(self.record.get("updated", 0.0)), float(logged))
+
+    @property
     def headline(self) -> str:
         """Name of the metric that its task is judged by."""
         return HEADLINE[self.record["job"]["task"]]
@@ -135,10 +141,37 @@ def find_run(target: str, storage: Path) -> Overview:
 
 
 def members(pipeline: Overview, storage: Path) -> list[Overview]:
-    """The newest run of each stage of a pipeline that has one."""
-    found = [one for one in overviews(storage) if one.record["stage"] in pipeline.stages]
-    newest = {one.record["stage"]: one for one in reversed(found)}
-    return [newest[name] for name in pipeline.stages if name in newest]
+    """The newest run of each stage of a pipeline that has one.
+
+    Of a stage that starts from another one, the newest that did start from that one's run.
+    """
+    every = overviews(storage)
+    stages = pipeline.record["job"]["stages"]
+    starts = {stage["name"]: stage.get("start_from") or {} for stage in stages}
+    chosen: dict[str, Overview | None] = {}
+
+    def choose(name: str) -> Overview | None:
+        if name not in chosen:
+            before = starts[name].get("checkpoint", "")
+            parent = choose(before) if before in starts else None
+            wanted = parent.record.get("fingerprint") if parent else None
+            chosen[name] = next(
+                (
+                    one
+                    for one in every
+                    if one.record["stage"] == name
+                    and (before not in starts or (wanted and wanted == _origin(one)))
+                ),
+                None,
+            )
+        return chosen[name]
+
+    return [one for name in pipeline.stages if (one := choose(name)) is not None]
+
+
+def _origin(one: Overview) -> str | None:
+    """Fingerprint of the run that a run started from."""
+    return (one.record.get("start") or {}).get("fingerprint")
 
 
 def best_first(found: Sequence[Overview], metric: str) -> list[Overview]:
@@ -177,7 +210,7 @@ def runs_table(found: Sequence[Overview], metric: str | None = None) -> Table:
             one.bill.used,
             one.bill.paid,
             str(record.get("attempts", 0)),
-            f"{as_time(time.time() - record.get('updated', 0))} ago",
+            f"{as_time(time.time() - one.updated)} ago",
         )
     return table
 

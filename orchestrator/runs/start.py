@@ -19,6 +19,7 @@ from orchestrator.runs.checkpoint import (
     WEIGHTS,
     Checkpoint,
     best_checkpoint,
+    checkpoint_paths,
     newest_checkpoint,
     read_checkpoint,
 )
@@ -163,7 +164,10 @@ def _from_elsewhere(stage: StageSettings, wanted: StartFrom, storage: Path) -> S
 
 
 def _from_run(directory: Path, wanted: StartFrom, task: str | None = None) -> Start:
-    """The last valid checkpoint among many, or the best."""
+    """The last valid checkpoint of a run, or among its checkpoints, or the best."""
+    below = Run(directory).checkpoints
+    if not checkpoint_paths(directory) and checkpoint_paths(below):
+        directory = below
     if wanted.which == "best":
         settings = Run(directory.parent).read().get("job", {}).get("checkpoint", {})
         if not settings.get("keep_best"):
@@ -176,7 +180,10 @@ def _from_run(directory: Path, wanted: StartFrom, task: str | None = None) -> St
     else:
         checkpoint = newest_checkpoint(directory)
     if checkpoint is None:
-        raise CheckpointError(f"start_from: {directory}: holds no valid checkpoint")
+        raise CheckpointError(
+            f"start_from: {wanted.checkpoint}: holds no valid checkpoint; name a run's directory, "
+            "or one of its checkpoints (RUN/checkpoints/step-NNNNNNNN)"
+        )
     return _start(checkpoint, wanted, task)
 
 

@@ -225,3 +225,18 @@ def test_any_value_is_accepted_or_refused_by_name(
     except JobFileError as error:
         refusal = str(error)
     assert refusal is None or refusal.startswith(str(path))
+
+
+@pytest.mark.parametrize(
+    ("start", "message"),
+    [
+        ("tiny-imagenet", "stages: tiny-imagenet starts from itself"),
+        ("tiny-coco", "stages: tiny-coco, tiny-imagenet start from each other, in a circle"),
+        ("tiny-voc", "stages: tiny-voc, tiny-coco, tiny-imagenet start from each other"),
+    ],
+)
+def test_only_the_stages_of_a_circle_are_named(tmp_path: Path, start: str, message: str) -> None:
+    job = pipeline_job(tmp_path)
+    job["stages"][2]["start_from"] = start
+    with pytest.raises(JobFileError, match=message):
+        load_job(write(tmp_path / "job.yaml", job))

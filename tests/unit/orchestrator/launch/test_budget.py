@@ -31,7 +31,7 @@ def test_a_limit_stops_with_a_checkpoint_and_a_larger_one_goes_on(
     stopped = command("run", path)
     assert stopped.exit_code == 75, stopped.output
     assert "max_hours: " in stopped.output
-    assert "the same command, with a larger limit, goes on" in stopped.output
+    assert "the same command goes on from there, after a limit with a larger one" in stopped.output
     (run,) = all_runs(tmp_path)
     assert any(run.checkpoints.iterdir())
     assert command("wait", "tiny-imagenet", "--storage", tmp_path).exit_code == 75

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from data_pipeline.dataset import open_dataset
 from orchestrator.cli.main import app
 from orchestrator.job.config import Job, PipelineJob, StageJob
 from orchestrator.launch import forecast, machine, preflight
@@ -26,6 +27,9 @@ def a_roomy_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("ATROUS_STORAGE", str(tmp_path / "storage"))
     for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI"):
         monkeypatch.delenv(name, raising=False)
+
+
+PARTS = ("backbone", "aspp", "decoder", "logits")
 
 
 def check(job: Job) -> Report:
@@ -76,6 +80,10 @@ def test_a_sound_job_has_no_errors_and_a_price(tiny_data: Path) -> None:
         ({"start_from": "./nowhere/step-1"}, "holds no valid checkpoint"),
         ({"start_from": "weights.pth"}, "weights.pth"),
         ({"optimizer": {"lr": 1, "lr_multipliers": {"bakbone": 0.1}}}, "bakbone"),
+        (
+            {"optimizer": {"lr": 1, "lr_multipliers": dict.fromkeys(PARTS, 0)}},
+            "so nothing is trained; give one of them more than 0",
+        ),
         ({"global_batch": 1}, "batch normalisation"),
         ({"precision": "tf32"}, "precision: tf32 is of GPUs"),
         ({"cluster": {"workers": 0, "gpus_per_worker": 1}}, "1 worker of 1 GPU (room for 0): tiny"),
@@ -89,6 +97,15 @@ def test_a_sound_job_has_no_errors_and_a_price(tiny_data: Path) -> None:
 def test_errors(tiny_data: Path, changes: dict[str, Any], message: str) -> None:
     report = check(segmentation(tiny_data, **changes))
     assert any(message in text for text in texts(report, "error")), report.findings
+
+
+def test_class_weights_that_are_all_0(tiny_data: Path) -> None:
+    *others, last = open_dataset(str(tiny_data), "tiny-voc", "train").manifest.class_names
+    zeros = dict.fromkeys(others, 0.0)
+    assert check(segmentation(tiny_data, loss={"class_weights": zeros})).errors == []
+    report = check(segmentation(tiny_data, loss={"class_weights": zeros | {last: 0.0}}))
+    (error,) = report.errors
+    assert "loss.class_weights: all 21 classes have the weight 0" in error.text
 
 
 @pytest.mark.parametrize(
@@ -168,6 +185,39 @@ def test_a_tracking_server_that_is_down(tiny_data: Path, monkeypatch: pytest.Mon
     assert "no MLflow server answers at http://127.0.0.1:9" in " ".join(texts(report, "warning"))
 
 
+def test_a_tracking_address_that_is_none(tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "htp://tracking:5000")
+    (error,) = check(segmentation(tiny_data)).errors
+    assert "MLFLOW_TRACKING_URI: htp:// is nothing that MLflow writes to" in error.text
+    for uri in ("postgresql+psycopg2://db/mlflow", "sqlite:////nowhere/mlflow.db"):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        assert check(segmentation(tiny_data)).errors == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "where"),
+    [
+        ({"data_root": "s3://bucket/data"}, "data_root"),
+        ({"start_from": "s3://bucket/runs/a"}, "tiny"),
+        ({"datasets": {"raw": {"format": "voc", "source": "s3://bucket/voc"}}}, "datasets.raw"),
+    ],
+)
+def test_a_store_that_is_away_is_told_at_once(
+    tiny_data: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], where: str
+) -> None:
+    monkeypatch.setattr(machine, "_HASTE", 0.1)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "nobody")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "nothing")
+    job = {"kind": "stage", "data_root": str(tiny_data)}
+    job |= stage("tiny", "segmentation", "tiny-voc") | changes
+    (error,) = check(StageJob.model_validate(job)).errors
+    assert error.where == where
+    assert error.text.startswith("start_from: ") == ("start_from" in changes)
+    assert "Could not connect to the endpoint" in error.text
+    assert "tried 1 times" in error.text
+
+
 def test_no_cluster_at_the_address(tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse() -> None:
         raise ConnectionError("refused")
@@ -178,15 +228,26 @@ def test_no_cluster_at_the_address(tiny_data: Path, monkeypatch: pytest.MonkeyPa
     assert "no Ray cluster at 127.0.0.1:9 (refused)" in " ".join(texts(report, "error"))
 
 
-def test_more_than_the_device_holds(tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    small = forecast.Gpu("TINY", 100, 1e-3)
+@pytest.mark.parametrize(("part", "level"), [(10, "error"), (2, "warning")])
+def test_more_than_the_device_holds(
+    tiny_data: Path, monkeypatch: pytest.MonkeyPatch, part: int, level: str
+) -> None:
+    cluster = {"workers": 1, "gpus_per_worker": 1, "price_per_gpu_hour": 3}
+    (needed,) = check(segmentation(tiny_data, cluster=cluster)).forecasts
+    small = forecast.Gpu("TINY", 100, needed.memory / 2**30 / part)
     monkeypatch.setattr(forecast, "GPUS", (small,))
     monkeypatch.setattr(forecast, "_REFERENCE", small)
-    cluster = {"workers": 1, "gpus_per_worker": 1, "price_per_gpu_hour": 3}
     report = check(segmentation(tiny_data, cluster=cluster))
-    assert any("set micro_batch" in text for text in texts(report, "warning"))
+    assert any("set micro_batch" in text for text in texts(report, level))
     (found,) = report.forecasts
     assert found.money == pytest.approx(3 * found.hours)
+
+
+def test_a_checkpoint_at_every_step(tiny_data: Path) -> None:
+    many = texts(check(segmentation(tiny_data, steps=5000, checkpoint={"every": 1})), "warning")
+    assert any("checkpoint.every: 1 writes 5000 checkpoints" in text for text in many)
+    few = texts(check(segmentation(tiny_data, steps=100, checkpoint={"every": 1})), "warning")
+    assert not any("checkpoint.every" in text for text in few)
 
 
 def test_rare_checkpoints(tiny_data: Path) -> None:
@@ -201,6 +262,14 @@ def test_stages_of_a_pipeline_must_fit_one_another(tiny_data: Path) -> None:
     (error,) = check(PipelineJob.model_validate(job)).errors
     assert error.where == "tiny-coco"
     assert "tiny-imagenet does not fit" in error.text
+
+
+def test_a_slip_in_the_name_of_a_stage_of_the_same_pipeline(tiny_data: Path) -> None:
+    job = pipeline_job(tiny_data)
+    job["stages"][0]["start_from"] = "tiny-cooc"
+    (error,) = check(PipelineJob.model_validate(job)).errors
+    assert error.text.startswith("start_from: 'tiny-cooc': no finished run of it")
+    assert error.text.endswith("of this job, did you mean 'tiny-coco'?")
 
 
 def test_sources_of_data_sets(tmp_path: Path) -> None:

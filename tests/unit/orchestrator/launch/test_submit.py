@@ -14,7 +14,14 @@ from orchestrator.errors import RunError
 from orchestrator.job.job_file import load_job
 from orchestrator.launch import submit as submitting
 from orchestrator.launch.packing import pack
-from orchestrator.launch.submit import apply, follow, kuberay_manifest, make_submission, upload
+from orchestrator.launch.submit import (
+    apply,
+    follow,
+    kuberay_manifest,
+    make_submission,
+    pod_warnings,
+    upload,
+)
 from orchestrator.runs.record import code_record
 from tests.unit.orchestrator.jobs import stage_job, write
 
@@ -63,13 +70,35 @@ def test_too_much_is_refused_with_the_largest_files(project: Path, tmp_path: Pat
     assert not (tmp_path / "a.zip").exists()
 
 
-@pytest.mark.parametrize("name", [".env", "keys/server.pem", ".aws/credentials", "id_rsa"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(".env", ".env.prod", "keys/server.pem", ".aws/credentials", "id_rsa"),
+        *(
+            "me_accessKeys.csv",
+            "gcp-credentials.json",
+            "infra/secrets.yaml",
+            ".git-credentials",
+            "auth_token",
+        ),
+    ],
+)
 def test_credentials_are_refused(project: Path, tmp_path: Path, name: str) -> None:
     (project / name).parent.mkdir(exist_ok=True)
     (project / name).write_text("secret")
     git(project, "add", "-f", name)
     with pytest.raises(RunError, match="looks like a credential"):
         pack(project, tmp_path / "a.zip")
+
+
+@pytest.mark.parametrize("name", [".env.example", "credentials.py", "secretary.yaml", "key.py"])
+def test_what_only_sounds_like_a_credential_is_packed(
+    project: Path, tmp_path: Path, name: str
+) -> None:
+    (project / name).write_text("none")
+    git(project, "add", "-f", name)
+    pack(project, tmp_path / "out.zip")
+    assert name in zipfile.ZipFile(tmp_path / "out.zip").namelist()
 
 
 def test_a_directory_without_git(tmp_path: Path) -> None:
@@ -104,6 +133,37 @@ def test_the_manifest_of_kuberay(project: Path) -> None:
     assert (group["replicas"], group["minReplicas"], group["maxReplicas"]) == (0, 0, 4)
     limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
     assert limits == {"cpu": "6", "memory": "24Gi", "nvidia.com/gpu": "1"}
+
+
+def test_the_manifest_is_for_readers(project: Path) -> None:
+    path = project / "jobs/tiny.yaml"
+    made = make_submission(load_job(path), path, ())
+    lines = kuberay_manifest(made, "s3://bucket/x.zip", "atrous:1").splitlines()
+    assert "  runtimeEnvYAML: |" in lines
+    assert "    working_dir: s3://bucket/x.zip" in lines
+    assert not [line for line in lines if "&id" in line or "*id" in line]
+
+
+def test_what_pods_do_not_reach(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = project / "jobs/tiny.yaml"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "https://store.example.org")
+    made = make_submission(load_job(path), path, ())
+    storage, data, server = pod_warnings(made)
+    assert storage.startswith(f"storage: {made.job.storage} is a directory of a pod")
+    assert data.startswith("data_root: ")
+    assert server.startswith("MLFLOW_TRACKING_URI: http://127.0.0.1:5000 is this machine's own")
+    places = ("storage=s3://bucket/atrous", "data_root=s3://bucket/data")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.example.org")
+    made = make_submission(load_job(path, places), path, places)
+    assert list(pod_warnings(made)) == []
+
+
+def test_a_package_on_this_machine_is_refused(project: Path, tmp_path: Path) -> None:
+    command = ["submit", str(project / "jobs/tiny.yaml"), "--kuberay", "--package", str(tmp_path)]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 2
+    assert "pods fetch it" in result.output
 
 
 @pytest.mark.parametrize(

@@ -121,6 +121,7 @@ def test_another_machine_sees_all_of_it(
     later = plan(tiny_data, storage, start_from=str(planned.run.checkpoints), seed=1)
     assert later.start is not None
     assert later.start.weights.startswith("s3://")
+    assert plan(tiny_data, storage, start_from=str(planned.run.path), seed=1).start == later.start
     run(later)
     monkeypatch.setenv("ATROUS_CACHE", str(tmp_path / "of another"))
 

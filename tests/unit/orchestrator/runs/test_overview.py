@@ -9,7 +9,16 @@ from typer.testing import CliRunner
 
 from orchestrator.cli.main import app
 from orchestrator.errors import RunError
-from orchestrator.runs.overview import best_first, compare, draw, find_run, overviews, wait
+from orchestrator.runs.overview import (
+    Overview,
+    best_first,
+    compare,
+    draw,
+    find_run,
+    members,
+    overviews,
+    wait,
+)
 from orchestrator.runs.run import Run, append_journal, run_directory
 from orchestrator.runs.stop import asked_to_stop
 
@@ -113,3 +122,32 @@ def test_a_pipeline_is_told_waited_for_and_stopped_by_its_name(storage: Path) ->
     assert asked_to_stop(pipeline) == "atrous stop"
     pipeline.update(status="finished", reason=None)
     assert command("wait", "whole") == (0, f"{pipeline.path.name}: finished: 2 stages\n")
+
+
+def test_stages_of_a_pipeline_are_those_that_started_from_one_another(storage: Path) -> None:
+    """Not the newest of each: where the first one failed, the second has not run."""
+    job = {"task": "segmentation"}
+
+    def start(fingerprint: str) -> dict[str, Any]:
+        return {"stage": "tiny", "fingerprint": fingerprint, "digest": fingerprint, "weights": "w"}
+
+    make(storage, "a" * 12, "finished").update(fingerprint="a")
+    make(storage, "b" * 12, "failed", created=2.0).update(fingerprint="b")
+    make(storage, "c" * 12, "finished", created=3.0, stage="later", job=job, start=start("a"))
+    pipeline = Run(storage / "pipelines/whole-dddddddddddd")
+    stages = [{"name": "later", "start_from": {"checkpoint": "tiny"}}, {"name": "tiny"}]
+    pipeline.update(name="whole", status="failed", created=2.0, job={"stages": stages})
+
+    def shown() -> list[str]:
+        return [one.run.path.name[-1] for one in members(Overview(pipeline), storage)]
+
+    assert shown() == ["b"]
+    make(storage, "e" * 12, "finished", created=2.5, stage="later", job=job, start=start("b"))
+    assert shown() == ["e", "b"]
+
+
+def test_a_run_was_touched_when_it_last_logged_something(storage: Path) -> None:
+    one = Overview(make(storage, "c" * 12, "running", created=3.0))
+    late = one.record["updated"] + 1000
+    append_journal(one.run.journal, {"step": 9, "time": late, "metrics": {"val/miou": 0.1}})
+    assert one.updated == late
