@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from orchestrator.errors import RunError
 from orchestrator.job.sections import Cluster
+from orchestrator.runs.server import first_line
 
 _TIMEOUT = 20.0  # seconds
 
@@ -96,16 +97,7 @@ def connect(address: str | None = None, hang_after: float | None = None) -> Conn
 
     if not ray.is_initialized():
         if ours:
-            # Ray 2.60 gives bash the unquoted path of Python: /my projects/.venv/bin/python fails.
-            quoted = shlex.quote(sys.executable)
-            with _keeping_sigterm():
-                ray.init(
-                    address="local",
-                    include_dashboard=False,
-                    log_to_driver=False,
-                    logging_level=logging.WARNING,
-                    runtime_env={"py_executable": quoted} if quoted != sys.executable else None,
-                )
+            _start_ray()
         else:
             try:
                 _check_answers(str(address))
@@ -117,6 +109,33 @@ def connect(address: str | None = None, hang_after: float | None = None) -> Conn
                     "or correct --address or RAY_ADDRESS"
                 ) from None
     return Connection(ours=ours)
+
+
+def _start_ray() -> None:
+    """A cluster of this machine alone, for this process.
+
+    Raises:
+        RunError: its parts did not come up within the seconds that Ray gives them.
+    """
+    import ray
+
+    # Ray 2.60 gives bash the unquoted path of Python: /my projects/.venv/bin/python fails.
+    quoted = shlex.quote(sys.executable)
+    try:
+        with _keeping_sigterm():
+            ray.init(
+                address="local",
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.WARNING,
+                runtime_env={"py_executable": quoted} if quoted != sys.executable else None,
+            )
+    except Exception as error:  # of no type of its own
+        raise RunError(
+            f"Ray did not start on this machine ({first_line(error)}); give the same "
+            "command again when the machine is less busy, or look into Ray's logs, "
+            "/tmp/ray/session_latest/logs"
+        ) from error
 
 
 @contextmanager

@@ -145,9 +145,14 @@ def build_on_meta(stage: StageSettings, num_classes: int) -> "Network":
     except ValueError as error:
         raise RunError(f"{stage.name}: model: {error}") from None
     try:
-        parameter_groups(network, 0.0, stage.optimizer.lr_multipliers)
+        groups = parameter_groups(network, 0.0, stage.optimizer.lr_multipliers)
     except ValueError as error:
         raise RunError(f"{stage.name}: optimizer.{error}") from None
+    if not any(group["lr_multiplier"] for group in groups):
+        raise RunError(
+            f"{stage.name}: optimizer.lr_multipliers: {dict(stage.optimizer.lr_multipliers)} leave "
+            "every parameter as it is, so nothing is trained; give one of them more than 0"
+        )
     check_batch_norm(stage, network)
     return network
 
@@ -248,6 +253,7 @@ def _record_failure(run: Run, why: str) -> str:
 def _train(planned: PlannedStage) -> Checkpoint:
     """Train until the last step; workers that were told to leave do so after a checkpoint, and
     training goes on with what is left."""
+    from orchestrator.training.rollback import verdict_of
     from orchestrator.training.trainer import make_trainer
     from orchestrator.training.worker import Assignment, train_worker
 
@@ -274,6 +280,8 @@ def _train(planned: PlannedStage) -> Checkpoint:
             storage=str(on_disk(run.path) / "ray"),  # a marker, no more: checkpoints are ours
         )
         trainer.fit()
+        if verdict := verdict_of(run):
+            raise RunError(verdict)
         checkpoint = newest_checkpoint(run.checkpoints)
         if checkpoint is not None and checkpoint.step == planned.steps:
             return checkpoint

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from data_pipeline.config import as_size
 from data_pipeline.dataset import Dataset
-from model.build import Network, freeze_batch_norm
+from model.build import Network, build_network, freeze_batch_norm
 from model.deeplab import DeepLab
 from model.inference import aligned_side, make_views, predict_labels
 from orchestrator.errors import RunError
@@ -135,18 +135,18 @@ def _refusal(probe: Probe, kept: dict[str, str] | None, most: int, found: int) -
     if not found:
         norm = "" if stage.model.batch_norm.frozen else ", or model.batch_norm.frozen"
         return (
-            f"{stage.name}: micro_batch: {stage.micro_batch or 'null'}: not even the fewest "
+            f"micro_batch: {stage.micro_batch or 'null'}: not even the fewest "
             f"samples of {height}x{width} that can be trained on fit into the memory of {device}; "
             f"{cures}{norm}"
         )
     if kept:
         return (
-            f"{stage.name}: micro_batch: auto found {kept['micro_batch']} on {kept['device']} when "
+            f"micro_batch: auto found {kept['micro_batch']} on {kept['device']} when "
             f"this run began, and {device} holds {found}. Batch normalisation sees the same number "
             f"to the end: go on with devices like the first, or start anew, micro_batch: {found}"
         )
     return (
-        f"{stage.name}: micro_batch: {stage.micro_batch or 'null'} sends {shape} through the "
+        f"micro_batch: {stage.micro_batch or 'null'} sends {shape} through the "
         f"network at once, which does not fit into the memory of {device}; micro_batch: {found} "
         f"fits, or {cures}"
     )
@@ -168,7 +168,7 @@ def check_evaluation(probe: Probe, split: Dataset) -> None:
     if found < batch:
         cure = f"evaluate.batch: {found} fits" if found else "lower evaluate.scales"
         raise RunError(
-            f"{stage.name}: evaluate.batch: {batch} images of {height}x{width} do not fit into the "
+            f"evaluate.batch: {batch} images of {height}x{width} do not fit into the "
             f"memory of {describe(place.device)}; {cure}"
         )
 
@@ -283,10 +283,23 @@ def _fits_in_ram(probe: Probe) -> Callable[[int], bool]:
     workers = probe.place.gather(node).count(node)
     free = available_memory() / workers
     weights = sum(p.nbytes for p in probe.network.parameters())
+    if _least_kept_by_one(probe) > free:
+        return lambda size: False  # trying it out would have the system end this process
     with _held(probe, 0), kept_for_backward(probe.network) as kept:
         _forward(probe, 1)
         each = kept()
     return lambda size: probe.copies() * weights + _MARGIN * each * size <= free
+
+
+def _least_kept_by_one(probe: Probe) -> int:
+    """Bytes that the backward pass keeps of one sample, at least; nothing is computed."""
+    stage, (height, width) = probe.stage, probe.crop
+    with _held(probe, 0), torch.device("meta"):
+        network = build_network(stage.model, stage.task, probe.num_classes).train()
+        freeze_batch_norm(network)
+        with kept_for_backward(network) as kept:
+            network(torch.empty(1, 3, height, width, dtype=torch.uint8))
+            return kept() // (2 if probe.place.autocast_dtype else 1)
 
 
 def micro_batch_metrics(in_job: Any, settled: StageSettings) -> Metrics:
@@ -313,7 +326,7 @@ def naming_memory(stage: StageSettings, place: Place, shape: Sequence[int]) -> I
             f"set micro_batch: {at_once // 2} or auto" if at_once > 1 else "lower data.train.crop"
         )
         raise RunError(
-            f"{stage.name}: {describe(place.device)} ran out of memory with micro_batch: "
+            f"{describe(place.device)} ran out of memory with micro_batch: "
             f"{stage.micro_batch or 'null'}, {at_once} samples of {height}x{width} at once; {cure} "
             "(either begins a new run)"
         ) from error

@@ -29,6 +29,10 @@ _RECENT = 3  # batches whose keys are kept; a GPU tells of a step during the nex
 _NAMED = 8  # sample keys in a message; the files have all
 
 
+class GivenUp(RunError):
+    """On every worker: the attempt has failed for good, as the run's trouble.json says."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Window:
     """Steps `start` to before `stop` (from 0), which are not trained on; the last one is bad."""
@@ -85,12 +89,17 @@ def agreed_windows(run: Run, place: Place) -> list[Window]:
     if place.rank == 0:
         windows = read_windows(run)
         _remove_left(run, windows)
-        trouble = read_json(run.path / TROUBLE) or {}
-        verdict = trouble.get("error") if trouble.get("attempt") == _attempt(run) else None
+        verdict = verdict_of(run)
     windows, verdict = place.gather((windows, verdict))[0]
     if verdict:
-        raise RunError(verdict)
+        raise GivenUp(verdict)
     return windows
+
+
+def verdict_of(run: Run) -> str | None:
+    """Why this attempt has failed for good, if it has."""
+    trouble = read_json(run.path / TROUBLE) or {}
+    return trouble.get("error") if trouble.get("attempt") == _attempt(run) else None
 
 
 def first_trained(start: int, windows: Sequence[Window]) -> int:
@@ -149,11 +158,13 @@ def roll_back(
     step. Every worker calls it.
 
     Raises:
-        RunError: on every worker, the run has gone back as often as it may.
+        GivenUp: on every worker, the run has gone back as often as it may.
+        RunError: on every worker, its storage is full or away.
     """
     parts = place.gather((error.here, list(keys)))
     blamed = [rank for rank, (here, _) in enumerate(parts) if here] or range(place.world)
     verdict: str | None = None
+    unrecorded: str | None = None
     if place.rank == 0:
         windows = read_windows(run)
         window = Window(
@@ -162,13 +173,21 @@ def roll_back(
             what=error.what,
             samples={str(rank): parts[rank][1] for rank in blamed},
         )
-        if len(windows) < stage.checkpoint.max_rollbacks:
-            _record(run, [*windows, window])
-        else:
-            verdict = _give_up(run, stage, [*windows, window])
-    verdict = place.gather(verdict)[0]
+        try:
+            if len(windows) < stage.checkpoint.max_rollbacks:
+                _record(run, [*windows, window])
+            else:
+                verdict = _give_up(run, stage, [*windows, window])
+        except OSError as problem:
+            unrecorded = (
+                f"{window}, and that cannot be recorded in {run.path} ({problem}); once it can, "
+                f"the same command goes on from step {window.start}"
+            )
+    verdict, unrecorded = place.gather((verdict, unrecorded))[0]
+    if unrecorded:
+        raise RunError(unrecorded)
     if verdict:
-        raise RunError(verdict)
+        raise GivenUp(verdict)
 
 
 def _record(run: Run, windows: Sequence[Window]) -> None:

@@ -42,6 +42,7 @@ from orchestrator.training.optimizer import base_rate, make_schedule
 from orchestrator.training.place import Place, find_place
 from orchestrator.training.probe import Probe, micro_batch_metrics, naming_memory, settle_memory
 from orchestrator.training.rollback import (
+    GivenUp,
     RecentBatches,
     Window,
     agreed_windows,
@@ -122,8 +123,11 @@ def train_worker(config: dict[str, Any]) -> None:
     context = ray.train.get_context()
     came_up(run, context.get_world_rank(), context.get_world_size())
     with watch(run, cluster) as liveness:
-        while not _train(assignment, liveness):
-            gc.collect()  # the network that is left behind leaves room for the next one
+        try:
+            while not _train(assignment, liveness):
+                gc.collect()  # the network that is left behind leaves room for the next one
+        except GivenUp as error:  # an error would have Ray start the workers anew, for nothing
+            log.error("%s", error)
 
 
 def _train(assignment: Assignment, liveness: Liveness) -> bool:

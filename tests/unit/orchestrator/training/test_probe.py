@@ -229,6 +229,28 @@ def test_on_a_cpu_memory_is_computed(tmp_path: Path, monkeypatch: pytest.MonkeyP
         settle_micro_batch(probe, Run(tmp_path))
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_what_not_one_sample_fits_into_is_refused_without_trying(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    """A CPU's memory that is used up ends the process; so only what fits is ever computed."""
+    dtype = torch.bfloat16 if precision == "bfloat16" else None
+    place = Place(rank=0, world=1, device=torch.device("cpu"), autocast_dtype=dtype)
+    probe = make_probe(place=place, model=SEGMENTER, micro_batch="auto", precision=precision)
+    with kept_for_backward(probe.network) as kept:
+        probing._forward(probe, 1)
+        each = kept()
+    least = probing._least_kept_by_one(probe)
+    assert each / 2 < least <= each
+    tried: list[torch.Size] = []
+    probe.network.register_forward_pre_hook(lambda _, inputs: tried.append(inputs[0].shape))
+    for free, computed in ((least - 1, []), (least, [(1, 3, 33, 33)])):
+        monkeypatch.setattr(probing, "available_memory", lambda free=free: free)
+        with pytest.raises(RunError, match="not even the fewest samples of 33x33"):
+            settle_micro_batch(probe, Run(tmp_path))
+        assert tried == computed
+
+
 def test_memory_is_what_the_system_and_the_control_groups_leave(tmp_path: Path) -> None:
     def write(path: str, text: str) -> None:
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
@@ -308,5 +330,5 @@ def test_running_out_of_memory_fails_the_stage_with_its_cure(
     monkeypatch.setattr("orchestrator.training.learner.Learner.update", full)
     planned = plan(tiny_data, tmp_path)
     open_run(planned)
-    with pytest.raises(StageFailed, match=r"ran out of memory with micro_batch: null, 8 samples"):
+    with pytest.raises(StageFailed, match=r"^tiny: this node ran out of memory with micro_batch"):
         train_stage(planned)

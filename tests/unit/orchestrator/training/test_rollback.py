@@ -1,13 +1,16 @@
 """A step whose loss is not finite: located, gone back from, passed over; killed or not."""
 
+import errno
 import json
 import math
+import os
 import pickle
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -215,6 +218,24 @@ def test_killed_while_it_goes_back_equals_undisturbed(
     assert run(killed).checkpoint.digest == expected.checkpoint.digest
     assert series(killed) == series(whole)
     assert read_windows(killed.run) == read_windows(whole.run)
+
+
+def test_a_window_that_cannot_be_recorded_is_told(
+    tiny_data: Path, tmp_path: Path, poison: Poison
+) -> None:
+    """A full disk does not hide the loss; with room again, the same command goes on."""
+    poison(3)
+    whole, full = (plan(tiny_data, tmp_path / name) for name in ("whole", "full"))
+    expected = run(whole)
+
+    full_disk = Mock(side_effect=OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+    told = r"the loss of step 3 is not finite .*recorded in .*No space left.* goes on from step 2"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rollback, "write_json", full_disk)
+        with pytest.raises(StageFailed, match=told):
+            run(full)
+    assert run(full).checkpoint.digest == expected.checkpoint.digest
+    assert series(full) == series(whole)
 
 
 def test_a_window_ahead_of_an_older_checkpoint_is_passed_over_again(
