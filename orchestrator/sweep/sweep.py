@@ -173,12 +173,22 @@ def check_result(job: SweepJob, entries: Sequence[Entry]) -> None:
     """Make sure that a sweep which is over has a trial with a result.
 
     Raises:
-        StageFailed: it has none; says why of the first.
+        StageFailed: it has none; says why, each reason once, and how to begin anew.
     """
     trials = fold(entries)
-    if not any(t.state in ("finished", "stopped") and t.scores(job.objectives) for t in trials):
-        told = "\n".join(f"trial {t.number} is {t.state}: {t.why}" for t in trials[:8])
-        raise StageFailed(f"{job.name}: none of {len(trials)} trials came to a result\n{told}")
+    if any(t.state in ("finished", "stopped") and t.scores(job.objectives) for t in trials):
+        return
+    reasons: dict[str, list[int]] = {}
+    for trial in trials:
+        reasons.setdefault(f"is {trial.state}: {trial.why}", []).append(trial.number)
+    told = [
+        f"trial {first} {why}" + (f" (so are {len(others)} more)" if others else "")
+        for why, (first, *others) in reasons.items()
+    ]
+    raise StageFailed(
+        f"{job.name}: none of {len(trials)} trials came to a result, and none is tried again; when "
+        "their cause is removed, begin anew with --force\n" + "\n".join(told[:8])
+    )
 
 
 def _bill(sweep: Run, storage: Path) -> dict[str, object]:

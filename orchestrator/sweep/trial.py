@@ -142,10 +142,23 @@ class TrialRun:
                 paused = checkpoint is not None and checkpoint.step == planned.pause_at
                 return {"outcome": "paused" if paused else "stopped", "error": stop.reason}
             except StageFailed as error:
-                trouble = read_json(run.path / _TROUBLE) or {}
-                is_nan = trouble.get("attempt") == run.read()["attempts"]
-                return {"outcome": "nan" if is_nan else "failed", "error": str(error)}
+                not_finite = _not_finite(run)
+                return {
+                    "outcome": "nan" if not_finite else "failed",
+                    "error": not_finite or str(error),
+                }
         return {"outcome": "finished", "error": ""}
+
+
+def _not_finite(run: Run) -> str | None:
+    """What was not finite, and where, if that ended the run; a sweep has other cures than the
+    error names, and never goes back."""
+    from orchestrator.training.rollback import Window
+
+    trouble = read_json(run.path / _TROUBLE) or {}
+    if trouble.get("attempt") != run.read()["attempts"]:
+        return None
+    return f"{Window(**trouble['windows'][-1])}; all of it: {run.path / _TROUBLE}"
 
 
 def _without_rollbacks(planned: PlannedStage) -> PlannedStage:

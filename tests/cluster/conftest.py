@@ -128,6 +128,7 @@ class Nodes:
         deadline = time.monotonic() + seconds
         while len(self.node_ids()) < number:
             if time.monotonic() > deadline:
+                self.close()
                 raise TimeoutError(f"fewer than {number} nodes after {seconds} s")
             time.sleep(0.2)
 

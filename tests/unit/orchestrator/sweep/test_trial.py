@@ -92,5 +92,6 @@ def test_values_that_do_not_stay_finite_are_not_tried_again(
     *told, end = told_by(unit)
     assert end["outcome"] == "nan"
     assert "is not finite" in end["error"]
+    assert "max_rollbacks" not in end["error"]  # a sweep never goes back
     assert all(math.isfinite(one["metrics"]["val/miou"]) for one in told)
     assert not [event for event in engine.run_of(0).events() if event["kind"] == "rollback"]
