@@ -8,7 +8,7 @@ export ATROUS_STORAGE ?= $(CURDIR)/runs
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo    install, then train the whole lineage on drawn pictures (CPU, five minutes)"
+	@echo "make demo    install, then train the whole lineage on drawn pictures (CPU, 5 to 12 minutes)"
 	@echo "make test    install, then run the tests"
 	@echo "make check   install, then format, lint, types, import rules, spelling"
 
