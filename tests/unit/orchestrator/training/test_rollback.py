@@ -297,6 +297,24 @@ def test_a_run_that_failed_for_good_is_not_trained_again_in_the_same_attempt(
     assert run(planned).checkpoint.step == 8
 
 
+def test_workers_of_a_run_that_is_given_up_end_without_an_error(
+    tiny_data: Path, tmp_path: Path, poison: Poison, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After an error Ray Train would start them `max_failures` times again."""
+    train_worker, ended = worker.train_worker, list[str]()
+
+    def watched(config: dict[str, Any]) -> None:
+        train_worker(config)
+        ended.append("without an error")
+
+    monkeypatch.setattr(worker, "train_worker", watched)
+    poison(3)
+    planned = plan(tiny_data, tmp_path, checkpoint={"every": 2, "max_rollbacks": 0})
+    with pytest.raises(StageFailed, match="max_rollbacks: 0 allows"):
+        run(planned)
+    assert ended == ["without an error"]
+
+
 def test_running_statistics_that_are_not_finite_are_never_kept(
     tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
