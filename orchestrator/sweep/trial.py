@@ -29,7 +29,6 @@ from orchestrator.runs.start import Start
 from orchestrator.runs.stop import ask_to_stop
 
 _TICK = 0.5  # seconds between looks at the journal
-_TROUBLE = "trouble.json"  # of `training.rollback`: a run that is given up as not finite
 
 Told = dict[str, Any]
 """{"step", "metrics"} of an evaluation, or at the end {"outcome", "error"}."""
@@ -153,12 +152,12 @@ class TrialRun:
 def _not_finite(run: Run) -> str | None:
     """What was not finite, and where, if that ended the run; a sweep has other cures than the
     error names, and never goes back."""
-    from orchestrator.training.rollback import Window
+    from orchestrator.training.rollback import TROUBLE, Window, verdict_of
 
-    trouble = read_json(run.path / _TROUBLE) or {}
-    if trouble.get("attempt") != run.read()["attempts"]:
+    if verdict_of(run) is None:
         return None
-    return f"{Window(**trouble['windows'][-1])}; all of it: {run.path / _TROUBLE}"
+    windows = (read_json(run.path / TROUBLE) or {})["windows"]
+    return f"{Window(**windows[-1])}; all of it: {run.path / TROUBLE}"
 
 
 def _without_rollbacks(planned: PlannedStage) -> PlannedStage:
