@@ -26,6 +26,8 @@ from orchestrator.runs.stop import asked_to_stop, let_run
 from orchestrator.training.stage_checks import check_batch_norm, check_data
 
 if TYPE_CHECKING:
+    from ray.train import UserCallback
+
     from model.build import Network
 
 # Fields that say where and how watchfully a stage runs, not what comes out of it.
@@ -212,8 +214,8 @@ def open_run(planned: PlannedStage, overrides: Sequence[str] = ()) -> None:
     let_run(planned.run)
 
 
-def train_stage(planned: PlannedStage) -> StageResult:
-    """Train an opened run to its end with Ray Train.
+def train_stage(planned: PlannedStage, callbacks: Sequence["UserCallback"] = ()) -> StageResult:
+    """Train an opened run to its end with Ray Train, which calls `callbacks`.
 
     Raises:
         StageStopped: it was asked to stop, and did so after a checkpoint.
@@ -221,7 +223,7 @@ def train_stage(planned: PlannedStage) -> StageResult:
     """
     run, name = planned.run, planned.stage.name
     try:
-        checkpoint = _train(planned)
+        checkpoint = _train(planned, callbacks)
     except StageStopped as stop:
         end(run, "stopped", reason=stop.reason)
         raise
@@ -250,7 +252,7 @@ def _record_failure(run: Run, why: str) -> str:
     return f"all of it: {run.path / 'error.txt'}"
 
 
-def _train(planned: PlannedStage) -> Checkpoint:
+def _train(planned: PlannedStage, callbacks: Sequence["UserCallback"]) -> Checkpoint:
     """Train until the last step; workers that were told to leave do so after a checkpoint, and
     training goes on with what is left."""
     from orchestrator.training.rollback import verdict_of
@@ -278,6 +280,7 @@ def _train(planned: PlannedStage) -> Checkpoint:
             stage.cluster,
             name=f"{run.path.name}-{assignment.attempt:03d}-{part}",
             storage=str(on_disk(run.path) / "ray"),  # a marker, no more: checkpoints are ours
+            callbacks=callbacks,
         )
         trainer.fit()
         if verdict := verdict_of(run):

@@ -21,6 +21,11 @@ HEADLINE = {
 }
 
 
+def evaluated(metrics: Mapping[str, Any]) -> Metrics:
+    """Those that an evaluation made."""
+    return {name: value for name, value in metrics.items() if name.startswith("val/")}
+
+
 def headline(state: Mapping[str, Any]) -> str:
     """The metric that a checkpoint's task is judged by."""
     name = HEADLINE[state["task"]]

@@ -41,7 +41,8 @@ from orchestrator.runs.checkpoint import (
     read_checkpoint,
     write_checkpoint,
 )
-from orchestrator.runs.run import Run, run_directory
+from orchestrator.runs.record import evaluated
+from orchestrator.runs.run import Run, read_journal, run_directory
 from orchestrator.runs.start import Start
 from orchestrator.sweep import decisions
 from orchestrator.sweep.decisions import Entry
@@ -106,6 +107,12 @@ class Engine:
             self.running.discard(unit.trial)
         return unit is not None
 
+    def catch_up(self, trial: int, until: float = math.inf) -> None:
+        """Take what nobody told of a trial, from its run's journal."""
+        for line in read_journal(self.run_of(trial).journal, fold(self.entries)[trial].step):
+            if line["step"] <= until and (metrics := evaluated(line["metrics"])):
+                self.take(trial, line["step"], metrics)
+
     def take(self, trial: int, step: int, metrics: Mapping[str, float]) -> None:
         """A trial was evaluated; what is known already, or comes after a stop, is passed over."""
         if self.stops(trial) or step <= fold(self.entries)[trial].step:
@@ -133,6 +140,7 @@ class Engine:
 
     def ended(self, trial: int, outcome: str, error: str = "") -> None:
         """A unit has come to its end; one that was interrupted is given out again."""
+        self.catch_up(trial)
         self.running.discard(trial)
         if self.stops(trial):
             self._end(trial, self._status_of_stop(trial), "")

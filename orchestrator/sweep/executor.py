@@ -2,8 +2,8 @@
 
 It decides nothing: its searcher hands out the engine's units, its scheduler hands the results to
 the engine, and nothing of its own state is ever restored (docs/decisions). A unit's workers are
-Ray Train's, which the trial starts as any stage does; the trial itself takes no room but where it
-trains in its own process (`workers: 0`).
+Ray Train's, which the trial starts as any stage does, and which report to Tune by Ray's own
+callback; the trial itself takes no room but where it trains in its own process (`workers: 0`).
 """
 
 import json
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ray import tune
+from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
@@ -25,9 +26,11 @@ from orchestrator.job.sections import Cluster
 from orchestrator.job.sweep import SweepJob
 from orchestrator.launch import cluster
 from orchestrator.runs.liveness import last_beat
+from orchestrator.runs.record import Metrics, evaluated
+from orchestrator.runs.run import Run
 from orchestrator.runs.stop import Signals, ask_to_stop, asked_to_stop
 from orchestrator.sweep.engine import Engine
-from orchestrator.sweep.trial import TrialRun, Unit
+from orchestrator.sweep.trial import TrialRun, Unit, train_unit
 
 _TICK = 0.5  # seconds between looks at running trials
 _SETTINGS = {
@@ -39,15 +42,25 @@ _SETTINGS = {
 }
 
 
-class _Trial(tune.Trainable):  # type: ignore[misc]
-    """A unit in an actor; a class, since in Tune's functions Ray Train refuses `workers: 0`."""
+def _train_with_workers(config: dict[str, Any]) -> None:
+    """A unit whose workers are Ray Train's: they report to Tune."""
+
+    def begun(_: Run, step: int) -> None:
+        tune.report({"step": step})
+
+    unit = Unit(**json.loads(config["unit"]))
+    tune.report(train_unit(unit, begun, [TuneReportCallback()]))
+
+
+class _TrainHere(tune.Trainable):  # type: ignore[misc]
+    """A unit in the trial's own process (`workers: 0`), which Ray Train refuses in a function."""
 
     def setup(self, config: Mapping[str, Any]) -> None:
         self._training = TrialRun(Unit(**json.loads(config["unit"])))
 
     def step(self) -> dict[str, Any]:
         told = self._training.next()
-        return {"told": json.dumps(told), "done": "outcome" in told}
+        return told | {"done": "outcome" in told}
 
     def cleanup(self) -> None:
         self._training.stop("the sweep let go of it")
@@ -76,6 +89,7 @@ class Executor:
         self._connection, self._tick = connection, tick
         self._controller: Any = None
         self._ticked = -math.inf
+        self._outcomes: dict[int, Mapping[str, Any]] = {}
         self.error: Exception | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -93,8 +107,9 @@ class Executor:
         self._connection.check_fits(stage.name, stage.cluster)
         os.environ.update(_SETTINGS)
         logging.getLogger("ray.tune").setLevel(logging.ERROR)  # warns that it has no results.json
+        trainable = _train_with_workers if stage.cluster.min_workers else _TrainHere
         tuner = tune.Tuner(
-            tune.with_resources(_Trial, _room_of_trial(stage.cluster)),
+            tune.with_resources(trainable, _room_of_trial(stage.cluster)),
             tune_config=tune.TuneConfig(
                 num_samples=-1,
                 search_alg=_Searcher(self),
@@ -142,18 +157,24 @@ class Executor:
         return None if self._engine.running else Searcher.FINISHED
 
     def take(self, trial: Any, result: Mapping[str, Any]) -> None:
-        """A result of Tune's, which is no end."""
-        told = json.loads(result["told"])
-        self.guarded(lambda: self._engine.take(number_of(trial), told["step"], told["metrics"]))
+        """A result of Tune's; the workers' last one may come after the trial's outcome."""
+        if "outcome" in result:
+            self._outcomes[number_of(trial)] = result
+        else:
+            self.guarded(lambda: self._hear(number_of(trial), result["step"], evaluated(result)))
+
+    def _hear(self, number: int, step: int, evaluation: Metrics) -> None:
+        self._engine.catch_up(number, step)
+        if evaluation:
+            self._engine.take(number, step, evaluation)
 
     def ended(self, number: int, result: Mapping[str, Any] | None, error: str) -> None:
-        """A unit is at its end; without a result it never began, or its process died too often."""
-        told = json.loads(result["told"]) if result and "told" in result else {}
-        outcome, error = told.get("outcome", "interrupted"), error or told.get("error", "")
-        if error and not told:
-            outcome = "failed"
+        """A unit is at its end; without an outcome it never began, or its process always died."""
+        told = self._outcomes.pop(number, result or {})
+        outcome = told.get("outcome", "failed" if error else "interrupted")
         if outcome == "stopped" and self._ends:
             outcome = "interrupted"
+        error = error or told.get("error", "")
         self.guarded(lambda: self._engine.ended(number, outcome, error))
 
     def tick(self, trials: list[Any]) -> None:

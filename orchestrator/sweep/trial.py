@@ -1,15 +1,16 @@
 """A trial where it is trained: an ordinary run of a stage, whose evaluations are told as they come.
 
-What is told are the lines of the run's journal, which a kill does not lose: a trial that goes on
-tells those again that its checkpoint holds, and the sweep knows which it has.
+Workers of Ray Train tell them to Tune by its `TuneReportCallback`; where there are none, the lines
+of the run's journal are told. Either way it is news, no more: what a kill lost of it is in the
+journal, from which the sweep takes it.
 """
 
 import threading
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from data_pipeline.errors import DataError
 from orchestrator.bucket import storage_path
@@ -24,14 +25,18 @@ from orchestrator.launch.stage import (
     train_stage,
 )
 from orchestrator.runs.checkpoint import newest_checkpoint, read_checkpoint
+from orchestrator.runs.record import evaluated
 from orchestrator.runs.run import Run, read_journal, run_directory, truncate_journal
 from orchestrator.runs.start import Start
 from orchestrator.runs.stop import ask_to_stop
 
+if TYPE_CHECKING:
+    from ray.train import UserCallback
+
 _TICK = 0.5  # seconds between looks at the journal
 
 Told = dict[str, Any]
-"""{"step", "metrics"} of an evaluation, or at the end {"outcome", "error"}."""
+"""{"step", "val/..."} of an evaluation, or at the end {"outcome", "error"}."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,8 +77,54 @@ def as_copy(planned: PlannedStage, fingerprint: str, storage: Path) -> PlannedSt
     return replace(planned, run=run, fingerprint=fingerprint, start=start, hand_over=None)
 
 
+def train_unit(
+    unit: Unit, begun: Callable[[Run, int], None], callbacks: "Sequence[UserCallback]" = ()
+) -> Told:
+    """Train a unit to its end, and tell how that was.
+
+    `begun` is called with its run and the step that it goes on from, once the journal is of the
+    path that is trained; `callbacks` are Ray Train's.
+
+    Raises:
+        Exception: what befell this process, rather than the training.
+    """
+    try:
+        planned = plan_unit(unit)
+        if finished_result(planned):
+            begun(planned.run, planned.steps)
+            return {"outcome": "finished", "error": ""}
+        with planned.run.lock(attach=lambda _: None):  # of a node that was lost with its trial
+            open_run(planned, unit.overrides)
+            begun(planned.run, _cut_journal(planned.run))
+            return _train(planned, callbacks)
+    except (AtrousError, DataError) as error:
+        return {"outcome": "failed", "error": str(error)}
+
+
+def _cut_journal(run: Run) -> int:
+    """Drop what training will write again; the step that it goes on from."""
+    checkpoint = newest_checkpoint(run.checkpoints)
+    step = checkpoint.step if checkpoint else 0
+    truncate_journal(run.journal, step)
+    return step
+
+
+def _train(planned: PlannedStage, callbacks: "Sequence[UserCallback]") -> Told:
+    run = planned.run
+    try:
+        train_stage(_without_rollbacks(planned), callbacks)
+    except StageStopped as stop:
+        checkpoint = newest_checkpoint(run.checkpoints)
+        paused = checkpoint is not None and checkpoint.step == planned.pause_at
+        return {"outcome": "paused" if paused else "stopped", "error": stop.reason}
+    except StageFailed as error:
+        not_finite = _not_finite(run)
+        return {"outcome": "nan" if not_finite else "failed", "error": not_finite or str(error)}
+    return {"outcome": "finished", "error": ""}
+
+
 class TrialRun:
-    """Trains a unit in a thread of its own."""
+    """Trains a unit in a thread of its own, without workers of Ray Train."""
 
     def __init__(self, unit: Unit) -> None:
         self._unit = unit
@@ -107,46 +158,22 @@ class TrialRun:
 
     def _look(self) -> Told | None:
         for line in read_journal(self._run.journal, after=self._told) if self._run else []:
-            metrics = {k: v for k, v in line["metrics"].items() if k.startswith("val/")}
-            if metrics:
+            if evaluation := evaluated(line["metrics"]):
                 self._told = line["step"]
-                return {"step": line["step"], "metrics": metrics}
+                return {"step": line["step"], **evaluation}
         return None
+
+    def _begun(self, run: Run, _: int) -> None:
+        self._run = run
 
     def _work(self) -> None:
         try:
-            self._outcome = self._train(plan_unit(self._unit))
-        except (AtrousError, DataError) as error:
-            self._outcome = {"outcome": "failed", "error": str(error)}
+            self._outcome = train_unit(self._unit, self._begun)
         except Exception as error:
             traceback.print_exc()
             self._error = error
         finally:
             self._ended.set()
-
-    def _train(self, planned: PlannedStage) -> Told:
-        run = planned.run
-        if finished_result(planned):
-            self._run = run
-            return {"outcome": "finished", "error": ""}
-        with run.lock(attach=lambda _: None):  # of a node that was lost with its trial
-            open_run(planned, self._unit.overrides)
-            checkpoint = newest_checkpoint(run.checkpoints)
-            truncate_journal(run.journal, checkpoint.step if checkpoint else 0)
-            self._run = run
-            try:
-                train_stage(_without_rollbacks(planned))
-            except StageStopped as stop:
-                checkpoint = newest_checkpoint(run.checkpoints)
-                paused = checkpoint is not None and checkpoint.step == planned.pause_at
-                return {"outcome": "paused" if paused else "stopped", "error": stop.reason}
-            except StageFailed as error:
-                not_finite = _not_finite(run)
-                return {
-                    "outcome": "nan" if not_finite else "failed",
-                    "error": not_finite or str(error),
-                }
-        return {"outcome": "finished", "error": ""}
 
 
 def _not_finite(run: Run) -> str | None:

@@ -4,11 +4,11 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ray.train
-from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.config import LoggingConfig
 
@@ -94,6 +94,7 @@ def make_trainer(
     cluster: Cluster,
     name: str,
     storage: str,
+    callbacks: Sequence[UserCallback] = (),
 ) -> TorchTrainer:
     """A trainer that runs `worker` on a cluster's workers, and starts lost ones again."""
     workers = cluster.workers
@@ -111,6 +112,7 @@ def make_trainer(
             name=name,
             storage_path=storage,
             failure_config=FailureConfig(max_failures=cluster.max_failures),
+            callbacks=list(callbacks),
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )

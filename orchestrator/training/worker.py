@@ -6,7 +6,6 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import ray.train
@@ -27,7 +26,7 @@ from orchestrator.job.sections import Cluster
 from orchestrator.runs.checkpoint import Checkpoint, newest_checkpoint, read_checkpoint
 from orchestrator.runs.checkpoint_writer import Contents
 from orchestrator.runs.liveness import Liveness
-from orchestrator.runs.record import Metrics, data_record, versions
+from orchestrator.runs.record import Metrics, data_record, evaluated, versions
 from orchestrator.runs.run import Run
 from orchestrator.runs.run_writer import RunWriter
 from orchestrator.runs.start import Start, apply_hand_over
@@ -152,7 +151,8 @@ def _train(assignment: Assignment, liveness: Liveness) -> bool:
             )
             if own:
                 meters.go_on_from(own.state["meters"])
-            train(_training(work, loader, meters, start))
+            if start != work.assignment.pause_at:  # a kill came right after that checkpoint
+                train(_training(work, loader, meters, start))
             if work.writer:
                 work.writer.finish(work.liveness.alive)
             return True
@@ -218,6 +218,12 @@ def _training(work: Work, loader: TrainLoader, meters: Meters, start: int) -> Tr
                 keep_artifacts(work.run, work.writer.check, seen.files() | tables)
         return metrics
 
+    def log(step: int, metrics: Metrics) -> None:
+        _log(work, step, metrics)
+        if evaluation := evaluated(metrics):
+            with meters.paused("evaluation"):  # all workers wait for each other there
+                ray.train.report({"step": step, **evaluation})
+
     def save(step: int, metrics: Metrics) -> None:
         learner.settle()
         work.liveness.alive("saves a checkpoint")
@@ -244,7 +250,7 @@ def _training(work: Work, loader: TrainLoader, meters: Meters, start: int) -> Tr
         update=update,
         read_meters=lambda: learner.read() | meters.read() | work.bad_samples.read(),
         evaluate=validate,
-        log=partial(_log, work),
+        log=log,
         save=save,
         must_save=learner.take_must_save,
         must_stop=lambda: learner.must_stop,
@@ -332,7 +338,7 @@ def _log(work: Work, step: int, metrics: Metrics) -> None:
 
 
 def _save(work: Work, meters: Meters, step: int, metrics: Metrics) -> None:
-    """Have the first worker write a checkpoint, which may come to be after the report to Ray."""
+    """Have the first worker write a checkpoint, which comes to be in the background."""
     work.bad_samples.read()
     if work.writer:
         work.writer.save(
@@ -343,7 +349,6 @@ def _save(work: Work, meters: Meters, step: int, metrics: Metrics) -> None:
                 ema=work.state.averaged_weights,
             )
         )
-    ray.train.report({"step": step, **metrics})
 
 
 def _state(work: Work, step: int, metrics: Metrics) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Sweeps whose trials are formulas: any kill at any moment, in milliseconds."""
 
+import json
 import math
 import random
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from typing import Any
 from orchestrator.files import digest
 from orchestrator.job.config import StageSettings
 from orchestrator.job.sweep import SweepJob
-from orchestrator.runs.run import Run
+from orchestrator.runs.run import Run, truncate_journal
 from orchestrator.sweep import decisions
 from orchestrator.sweep.engine import Engine
 from orchestrator.sweep.trial import Unit
@@ -61,8 +62,13 @@ def fake_plan(settings: StageSettings, storage: Path, *_: Any) -> SimpleNamespac
         steps=STEPS,
         fingerprint=fingerprint,
         train=SimpleNamespace(num_samples=400),
-        run=Run(storage / "runs" / f"seg-{fingerprint[:12]}"),
+        run=run_of(storage, fingerprint),
     )
+
+
+def run_of(storage: Path, fingerprint: str) -> Run:
+    """Where a trial's journal is."""
+    return Run(storage / "runs" / f"seg-{fingerprint[:12]}")
 
 
 class SimulatedEngine(Engine):
@@ -74,17 +80,26 @@ class SimulatedEngine(Engine):
     def _copy(self, planned: Any, decided: Any) -> Any:
         donor = self._find(decided["from"], "start")
         planned.fingerprint = digest([planned.fingerprint, donor["fingerprint"], decided["step"]])
+        planned.run = run_of(self._storage, planned.fingerprint)
         return planned
+
+
+def hear(engine: Engine, trial: int, step: int, evaluation: dict[str, float]) -> None:
+    """As the executor does."""
+    engine.catch_up(trial, step)
+    if evaluation:
+        engine.take(trial, step, evaluation)
 
 
 @dataclass
 class Cluster:
-    """What outlives the driver: checkpoints of trials."""
+    """What outlives the driver: checkpoints of trials. Of 100 news it never hears `lost`."""
 
     directory: Path
     job: SweepJob
     most: int = 1
     seed: int = 0
+    lost: int = 0
     checkpoints: dict[str, int] = field(default_factory=dict)
     trained: list[tuple[str, int]] = field(default_factory=list)  # every step that was trained
     starts: int = 0
@@ -111,8 +126,8 @@ class Cluster:
             if what == "ended":
                 del running[trial]
                 driven.ended(trial, value)
-            else:
-                driven.take(trial, int(what), value)
+            elif rng.randrange(100) >= self.lost:
+                hear(driven, trial, int(what), value)
 
     def _train(self, unit: Unit, driven: Engine) -> Iterator[tuple[str, Any]]:
         settings = StageSettings.model_validate(unit.stage)
@@ -120,16 +135,22 @@ class Cluster:
         begin = self.checkpoints.get(name, 0)
         if unit.copied and not begin:
             begin = driven._find(unit.trial, "start")["from"]["step"]
-        for step in range(1, STEPS + 1):
-            if step > begin:
-                self.trained.append((name, step))
-                if driven.stops(unit.trial):
-                    yield "ended", "stopped"
-            if step > begin and (step % CHECKPOINT_EVERY == 0 or step == unit.pause_at):
+        journal = driven.run_of(unit.trial).journal
+        journal.parent.mkdir(parents=True, exist_ok=True)
+        truncate_journal(journal, begin)
+        yield str(begin), {}
+        until = unit.pause_at or STEPS
+        for step in range(begin + 1, until + 1):
+            self.trained.append((name, step))
+            if driven.stops(unit.trial):
+                yield "ended", "stopped"
+            score = formula(name, settings, step)
+            metrics = {"val/miou": score, "val/pixel_accuracy": 1 - score}
+            if step % EVALUATE_EVERY == 0:
+                with journal.open("a") as file:
+                    file.write(json.dumps({"step": step, "metrics": metrics}) + "\n")
+            if step % CHECKPOINT_EVERY == 0 or step == until:
                 self.checkpoints[name] = step
             if step % EVALUATE_EVERY == 0:
-                score = formula(name, settings, step)
-                yield str(step), {"val/miou": score, "val/pixel_accuracy": 1 - score}
-            if step == unit.pause_at and step >= begin:
-                yield "ended", "paused"
-        yield "ended", "finished"
+                yield str(step), metrics
+        yield "ended", "paused" if unit.pause_at else "finished"

@@ -66,6 +66,7 @@ SWEEPS: dict[str, dict[str, Any]] = {
 def no_waiting_for_disks() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("orchestrator.sweep.decisions.sync", lambda _: None)
+        patch.setattr("orchestrator.runs.run.sync", lambda _: None)
         yield
 
 
@@ -91,14 +92,20 @@ def test_killed_after_each_entry_it_decides_as_if_it_had_not_been(
     name=st.sampled_from(sorted(SWEEPS)),
     most=st.integers(1, 4),
     seed=st.integers(0, 100),
+    lost=st.sampled_from([0, 0, 30, 100]),
     kills=st.lists(st.integers(1, 60), max_size=4),
 )
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_with_several_at_once_nothing_recorded_is_lost_or_repeated(
-    tmp_path_factory: pytest.TempPathFactory, name: str, most: int, seed: int, kills: list[int]
+    tmp_path_factory: pytest.TempPathFactory,
+    name: str,
+    most: int,
+    seed: int,
+    lost: int,
+    kills: list[int],
 ) -> None:
     directory = tmp_path_factory.mktemp("sweep") / "sweeps" / "one"
-    cluster = Cluster(directory, sweep_job(**SWEEPS[name]), most=most, seed=seed)
+    cluster = Cluster(directory, sweep_job(**SWEEPS[name]), most=most, seed=seed, lost=lost)
     before: list[dict[str, Any]] = []
     for entries in sorted(kills):
         with suppress(Killed):
