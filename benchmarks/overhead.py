@@ -8,10 +8,10 @@ DistributedDataParallel and gloo (NCCL on GPUs) from two workers on, nothing aro
 where there is one.
 
 Both are alive at the same time, and take turns: while one does some steps, the workers of the other
-are stopped (SIGSTOP). The step in which a worker was stopped does not count. Step times are means
-over a turn; ratios are of turns next to each other. Processor times are of all threads of the
-workers, which other processes disturb least; `quarter_to_peer` compares the step times that a
-quarter of the turns stay below, since what disturbs only ever makes a step longer.
+are stopped (SIGSTOP), at equal priority. The step in which a worker was stopped does not count.
+Step times are means over a turn; ratios are of turns next to each other. Processor times are of
+all threads of the workers, which other processes disturb least; `quarter_to_peer` compares the step
+times that a quarter of the turns stay below, since what disturbs only ever makes a step longer.
 
 The second row is the time from the command to the end of the first step, by part. Unit: seconds.
 """
@@ -91,13 +91,17 @@ class Contender:
 
     def __init__(self, name: str, command: list[str], place: Path) -> None:
         self.name, self._place = name, place
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled"}
+        environment = os.environ | {
+            "OMP_NUM_THREADS": "1",
+            "RAY_AUTH_MODE": "disabled",
+            "RAY_worker_niceness": "0",  # as the bare loop; Ray's own is 15
+        }
         self.began = time.time()
         self._log = (place / f"{name}.log").open("w")
         self._process = subprocess.Popen(
             command, env=environment, stdout=self._log, stderr=self._log, start_new_session=True
         )
-        self._line = 0
+        self._read = 0  # bytes of its lines
 
     def lines(self) -> Path | None:
         """The file, once it is there."""
@@ -113,12 +117,14 @@ class Contender:
             if self._process.poll() is not None:
                 log = (self._place / f"{self.name}.log").read_text()
                 raise RuntimeError(f"{self.name} ended: {log[-2000:]}")
-            path = self.lines()
-            lines = path.read_text().splitlines(keepends=True) if path else []
-            if len(lines) > self._line and lines[self._line].endswith("\n"):
-                self._line += 1
-                return json.loads(lines[self._line - 1])["time"]
-            time.sleep(0.001)
+            if path := self.lines():
+                with path.open("rb") as file:
+                    file.seek(self._read)
+                    line = file.readline()
+                if line.endswith(b"\n"):
+                    self._read += len(line)
+                    return json.loads(line)["time"]
+            time.sleep(0.02)
 
     def turn(self, steps: int) -> tuple[float, float]:
         """Seconds and processor seconds of a step."""
@@ -152,9 +158,9 @@ class Contender:
 
 
 def processor_seconds(pid: int) -> float:
-    """Of all threads, those of the GPU's driver too."""
-    threads = Path(f"/proc/{pid}/task").iterdir()
-    return sum(int((one / "schedstat").read_text().split()[0]) for one in threads) / 1e9
+    """Of all threads, those of the GPU's driver and those that ended too."""
+    user, system = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
 class Ours(Contender):
@@ -319,7 +325,9 @@ def step_row(case: str, peer: str, ours: Turns, bare: Turns) -> dict[str, Any]:
         "unit": "s",
         "spread": [round(1 / max(ratios), 3), round(1 / min(ratios), 3)],
         "step_time_to_peer": round(statistics.median(ratios), 4),
+        "total_to_peer": round(sum(a[0] for a in ours) / sum(b[0] for b in bare), 4),
         "quarter_to_peer": round(quickest[0] / quickest[1], 4),
+        "turns": [[round(a[0], 3), round(b[0], 3)] for a, b in zip(ours, bare, strict=True)],
         "load": [round(load, 1) for load in os.getloadavg()],
         "processor_seconds": [round(value, 4) for value in cpu],
         "processor_time_to_peer": round(

@@ -25,7 +25,7 @@ from orchestrator.sweep import decisions
 from orchestrator.sweep.decisions import Entry
 from orchestrator.sweep.engine import Engine
 from orchestrator.sweep.report import write_results
-from orchestrator.sweep.results import fold
+from orchestrator.sweep.results import Trial, fold
 from orchestrator.sweep.table import SweepDisplay
 
 
@@ -178,12 +178,14 @@ def check_result(job: SweepJob, entries: Sequence[Entry]) -> None:
     trials = fold(entries)
     if any(t.state in ("finished", "stopped") and t.scores(job.objectives) for t in trials):
         return
-    reasons: dict[str, list[int]] = {}
+    reasons: dict[str, list[Trial]] = {}
     for trial in trials:
-        reasons.setdefault(f"is {trial.state}: {trial.why}", []).append(trial.number)
+        why = trial.why.split("all of it: ")[0]  # which each has in its own run
+        reasons.setdefault(f"{trial.state}: {why}", []).append(trial)
     told = [
-        f"trial {first} {why}" + (f" (so are {len(others)} more)" if others else "")
-        for why, (first, *others) in reasons.items()
+        f"trial {first.number} is {first.state}: {first.why}"
+        + (f" (so are {len(others)} more)" if others else "")
+        for first, *others in reasons.values()
     ]
     raise StageFailed(
         f"{job.name}: none of {len(trials)} trials came to a result, and none is tried again; when "

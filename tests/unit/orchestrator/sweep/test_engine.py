@@ -197,16 +197,16 @@ def test_trials_that_all_fail_end_the_sweep_early(tmp_path: Path) -> None:
     job = sweep_job(budget={"trials": 100})
     engine = SimulatedEngine(job, directory_in(tmp_path), {})
     while unit := engine.next_unit():
-        engine.ended(unit.trial, "failed", "no such file")
+        engine.ended(unit.trial, "failed", f"no file (all of it: {unit.trial})")
     ends = [entry for entry in engine.entries if entry["kind"] == "end"]
     assert [entry["status"] for entry in ends] == ["failed"] * 5
-    assert ends[0]["error"] == "no such file"
+    assert ends[0]["error"] == "no file (all of it: 0)"
     with pytest.raises(StageFailed) as error:
         check_result(job, engine.entries)
     head, *reasons = str(error.value).splitlines()
     assert "none of 5 trials" in head
     assert "--force" in head
-    assert reasons == ["trial 0 is failed: no such file (so are 4 more)"]
+    assert reasons == ["trial 0 is failed: no file (all of it: 0) (so are 4 more)"]
 
 
 def test_a_used_up_budget_stops_all_and_more_of_it_goes_on(
