@@ -26,8 +26,6 @@ from orchestrator.runs.stop import asked_to_stop, let_run
 from orchestrator.training.stage_checks import check_batch_norm, check_data
 
 if TYPE_CHECKING:
-    from ray.train import UserCallback
-
     from model.build import Network
 
 # Fields that say where and how watchfully a stage runs, not what comes out of it.
@@ -214,7 +212,7 @@ def open_run(planned: PlannedStage, overrides: Sequence[str] = ()) -> None:
     let_run(planned.run)
 
 
-def train_stage(planned: PlannedStage, callbacks: Sequence["UserCallback"] = ()) -> StageResult:
+def train_stage(planned: PlannedStage, callbacks: Sequence[Any] = ()) -> StageResult:
     """Train an opened run to its end with Ray Train, which calls `callbacks`.
 
     Raises:
@@ -252,7 +250,7 @@ def _record_failure(run: Run, why: str) -> str:
     return f"all of it: {run.path / 'error.txt'}"
 
 
-def _train(planned: PlannedStage, callbacks: Sequence["UserCallback"]) -> Checkpoint:
+def _train(planned: PlannedStage, callbacks: Sequence[Any]) -> Checkpoint:
     """Train until the last step; workers that were told to leave do so after a checkpoint, and
     training goes on with what is left."""
     from orchestrator.training.rollback import verdict_of

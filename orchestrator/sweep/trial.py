@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from data_pipeline.errors import DataError
 from orchestrator.bucket import storage_path
@@ -29,9 +29,6 @@ from orchestrator.runs.record import evaluated
 from orchestrator.runs.run import Run, read_journal, run_directory, truncate_journal
 from orchestrator.runs.start import Start
 from orchestrator.runs.stop import ask_to_stop
-
-if TYPE_CHECKING:
-    from ray.train import UserCallback
 
 _TICK = 0.5  # seconds between looks at the journal
 
@@ -78,7 +75,7 @@ def as_copy(planned: PlannedStage, fingerprint: str, storage: Path) -> PlannedSt
 
 
 def train_unit(
-    unit: Unit, begun: Callable[[Run, int], None], callbacks: "Sequence[UserCallback]" = ()
+    unit: Unit, begun: Callable[[Run, int], None], callbacks: Sequence[Any] = ()
 ) -> Told:
     """Train a unit to its end, and tell how that was.
 
@@ -109,7 +106,7 @@ def _cut_journal(run: Run) -> int:
     return step
 
 
-def _train(planned: PlannedStage, callbacks: "Sequence[UserCallback]") -> Told:
+def _train(planned: PlannedStage, callbacks: Sequence[Any]) -> Told:
     run = planned.run
     try:
         train_stage(_without_rollbacks(planned), callbacks)
