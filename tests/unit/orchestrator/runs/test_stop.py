@@ -187,7 +187,7 @@ def test_a_stage_that_hung_too_often_says_who_hung(
     class WorkerHealthCheckFailedError(Exception):  # as Ray calls a worker that is gone
         pass
 
-    def lose(planned: stage.PlannedStage) -> Any:
+    def lose(planned: stage.PlannedStage, _: object) -> Any:
         planned.run.note("hang", "rank 1 on a last finished step 7", attempt=1, step=7, silence=9)
         error = RuntimeError("Training failed")
         error.worker_failures = {0: WorkerHealthCheckFailedError()}  # type: ignore[attr-defined]
