@@ -10,8 +10,8 @@ where there is one.
 Both are alive at the same time, and take turns: while one does some steps, the workers of the other
 are stopped (SIGSTOP), at equal priority. The step in which a worker was stopped does not count.
 Step times are means over a turn; ratios are of turns next to each other. Processor times are of
-all threads of the workers, which other processes disturb least; `quarter_to_peer` compares the step
-times that a quarter of the turns stay below, since what disturbs only ever makes a step longer.
+all threads of the workers, which other processes disturb least. `total_to_peer` is of all turns
+together, which `turns` lists.
 
 The second row is the time from the command to the end of the first step, by part. Unit: seconds.
 """
@@ -312,7 +312,6 @@ def step_row(case: str, peer: str, ours: Turns, bare: Turns) -> dict[str, Any]:
     ratios = [a[0] / b[0] for a, b in zip(ours, bare, strict=True)]
     seconds = [statistics.median(turn[0] for turn in turns) for turns in (ours, bare)]
     cpu = [statistics.median(turn[1] for turn in turns) for turns in (ours, bare)]
-    quickest = [statistics.quantiles([turn[0] for turn in turns])[0] for turns in (ours, bare)]
     return {
         "benchmark": "overhead",
         "case": f"{case}: a step",
@@ -326,7 +325,6 @@ def step_row(case: str, peer: str, ours: Turns, bare: Turns) -> dict[str, Any]:
         "spread": [round(1 / max(ratios), 3), round(1 / min(ratios), 3)],
         "step_time_to_peer": round(statistics.median(ratios), 4),
         "total_to_peer": round(sum(a[0] for a in ours) / sum(b[0] for b in bare), 4),
-        "quarter_to_peer": round(quickest[0] / quickest[1], 4),
         "turns": [[round(a[0], 3), round(b[0], 3)] for a, b in zip(ours, bare, strict=True)],
         "load": [round(load, 1) for load in os.getloadavg()],
         "processor_seconds": [round(value, 4) for value in cpu],

@@ -19,7 +19,7 @@ from orchestrator.job.config import Job
 from orchestrator.launch.costs import bill_table, in_brief, so_far
 from orchestrator.launch.stage import PlannedStage, StageResult
 from orchestrator.runs.bill import Account
-from orchestrator.runs.record import HEADLINE, headline
+from orchestrator.runs.record import HEADLINE, evaluated, headline
 from orchestrator.runs.run import EventReader, read_journal
 from orchestrator.runs.server import program, run_link, tracking_uri, ui_command
 from orchestrator.training.stage_checks import stage_warnings
@@ -145,8 +145,7 @@ class Display:
         if self._console.is_terminal:
             return
         now = time.monotonic()
-        evaluated = any(key.startswith("val/") for key in watched.metrics)
-        if evaluated or now - watched.spoken > _LINE_EVERY:
+        if evaluated(watched.metrics) or now - watched.spoken > _LINE_EVERY:
             watched.spoken = now
             self.say(line)
 

@@ -17,7 +17,7 @@ from orchestrator.errors import RunError
 from orchestrator.files import read_json
 from orchestrator.job.duration import as_time
 from orchestrator.runs.bill import Bill, read_bill
-from orchestrator.runs.record import HEADLINE, flatten
+from orchestrator.runs.record import HEADLINE, evaluated, flatten
 from orchestrator.runs.run import Run, all_runs, read_journal
 
 ENDED = ("finished", "failed", "stopped", "interrupted")
@@ -183,7 +183,7 @@ def best_first(found: Sequence[Overview], metric: str) -> list[Overview]:
     read_ahead(found, "journal")
     having = [one for one in found if metric in one.last]
     if not having:
-        known = sorted({name for one in found for name in one.last if name.startswith("val/")})
+        known = sorted({name for one in found for name in evaluated(one.last)})
         raise RunError(f"no run has the metric {metric!r}; there are {', '.join(known) or 'none'}")
     return sorted(having, key=lambda one: one.last[metric], reverse="loss" not in metric)
 

@@ -107,14 +107,20 @@ class Engine:
             self.running.discard(unit.trial)
         return unit is not None
 
-    def catch_up(self, trial: int, until: float = math.inf) -> None:
+    def take(self, trial: int, step: int, metrics: Mapping[str, float]) -> None:
+        """A trial is at a step, where it was evaluated if there are metrics."""
+        self._catch_up(trial, step)
+        if metrics:
+            self._take(trial, step, metrics)
+
+    def _catch_up(self, trial: int, until: float = math.inf) -> None:
         """Take what nobody told of a trial, from its run's journal."""
         for line in read_journal(self.run_of(trial).journal, fold(self.entries)[trial].step):
             if line["step"] <= until and (metrics := evaluated(line["metrics"])):
-                self.take(trial, line["step"], metrics)
+                self._take(trial, line["step"], metrics)
 
-    def take(self, trial: int, step: int, metrics: Mapping[str, float]) -> None:
-        """A trial was evaluated; what is known already, or comes after a stop, is passed over."""
+    def _take(self, trial: int, step: int, metrics: Mapping[str, float]) -> None:
+        """Record an evaluation; what is known already, or comes after a stop, is passed over."""
         if self.stops(trial) or step <= fold(self.entries)[trial].step:
             return
         start = self._find(trial, "start")
@@ -140,7 +146,7 @@ class Engine:
 
     def ended(self, trial: int, outcome: str, error: str = "") -> None:
         """A unit has come to its end; one that was interrupted is given out again."""
-        self.catch_up(trial)
+        self._catch_up(trial)
         self.running.discard(trial)
         if self.stops(trial):
             self._end(trial, self._status_of_stop(trial), "")

@@ -26,7 +26,7 @@ from orchestrator.job.sections import Cluster
 from orchestrator.job.sweep import SweepJob
 from orchestrator.launch import cluster
 from orchestrator.runs.liveness import last_beat
-from orchestrator.runs.record import Metrics, evaluated
+from orchestrator.runs.record import evaluated
 from orchestrator.runs.run import Run
 from orchestrator.runs.stop import Signals, ask_to_stop, asked_to_stop
 from orchestrator.sweep.engine import Engine
@@ -161,12 +161,8 @@ class Executor:
         if "outcome" in result:
             self._outcomes[number_of(trial)] = result
         else:
-            self.guarded(lambda: self._hear(number_of(trial), result["step"], evaluated(result)))
-
-    def _hear(self, number: int, step: int, evaluation: Metrics) -> None:
-        self._engine.catch_up(number, step)
-        if evaluation:
-            self._engine.take(number, step, evaluation)
+            news = number_of(trial), result["step"], evaluated(result)
+            self.guarded(lambda: self._engine.take(*news))
 
     def ended(self, number: int, result: Mapping[str, Any] | None, error: str) -> None:
         """A unit is at its end; without an outcome it never began, or its process always died."""

@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import ray.train
@@ -151,7 +152,7 @@ def _train(assignment: Assignment, liveness: Liveness) -> bool:
             )
             if own:
                 meters.go_on_from(own.state["meters"])
-            if start != work.assignment.pause_at:  # a kill came right after that checkpoint
+            if start != work.assignment.pause_at:  # a kill may come right after its checkpoint
                 train(_training(work, loader, meters, start))
             if work.writer:
                 work.writer.finish(work.liveness.alive)
@@ -218,12 +219,6 @@ def _training(work: Work, loader: TrainLoader, meters: Meters, start: int) -> Tr
                 keep_artifacts(work.run, work.writer.check, seen.files() | tables)
         return metrics
 
-    def log(step: int, metrics: Metrics) -> None:
-        _log(work, step, metrics)
-        if evaluation := evaluated(metrics):
-            with meters.paused("evaluation"):  # all workers wait for each other there
-                ray.train.report({"step": step, **evaluation})
-
     def save(step: int, metrics: Metrics) -> None:
         learner.settle()
         work.liveness.alive("saves a checkpoint")
@@ -250,7 +245,7 @@ def _training(work: Work, loader: TrainLoader, meters: Meters, start: int) -> Tr
         update=update,
         read_meters=lambda: learner.read() | meters.read() | work.bad_samples.read(),
         evaluate=validate,
-        log=log,
+        log=partial(_log, work, meters),
         save=save,
         must_save=learner.take_must_save,
         must_stop=lambda: learner.must_stop,
@@ -330,11 +325,14 @@ def _seed_step(seed: int, step: int, rank: int) -> None:
     torch.manual_seed(int(digest([seed, step, rank])[:15], 16))
 
 
-def _log(work: Work, step: int, metrics: Metrics) -> None:
+def _log(work: Work, meters: Meters, step: int, metrics: Metrics) -> None:
     metrics |= rollback_metrics(work.windows, step)
     metrics |= micro_batch_metrics(work.assignment.stage["micro_batch"], work.stage)
     if work.writer:
         work.writer.log(step, metrics)
+    if evaluation := evaluated(metrics):
+        with meters.paused("evaluation"):  # all workers wait for each other there
+            ray.train.report({"step": step, **evaluation})
 
 
 def _save(work: Work, meters: Meters, step: int, metrics: Metrics) -> None:

@@ -84,13 +84,6 @@ class SimulatedEngine(Engine):
         return planned
 
 
-def hear(engine: Engine, trial: int, step: int, evaluation: dict[str, float]) -> None:
-    """As the executor does."""
-    engine.catch_up(trial, step)
-    if evaluation:
-        engine.take(trial, step, evaluation)
-
-
 @dataclass
 class Cluster:
     """What outlives the driver: checkpoints of trials. Of 100 news it never hears `lost`."""
@@ -127,7 +120,7 @@ class Cluster:
                 del running[trial]
                 driven.ended(trial, value)
             elif rng.randrange(100) >= self.lost:
-                hear(driven, trial, int(what), value)
+                driven.take(trial, int(what), value)
 
     def _train(self, unit: Unit, driven: Engine) -> Iterator[tuple[str, Any]]:
         settings = StageSettings.model_validate(unit.stage)

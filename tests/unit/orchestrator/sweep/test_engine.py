@@ -17,6 +17,7 @@ from orchestrator.sweep.decisions import read
 from orchestrator.sweep.sweep import check_result
 from tests.unit.orchestrator.jobs import stage
 from tests.unit.orchestrator.sweep.simulation import (
+    EVALUATE_EVERY,
     STEPS,
     Cluster,
     Killed,
@@ -133,6 +134,9 @@ def check(log: list[dict[str, Any]]) -> None:
     for trial in trials:
         own = [entry for entry in log if entry["trial"] == trial]
         assert own[-1]["kind"] == "end"
+        if own[-1]["status"] == "finished":
+            steps = [entry["step"] for entry in own if entry["kind"] == "result"]
+            assert steps == list(range(EVALUATE_EVERY, STEPS + 1, EVALUATE_EVERY))
         for one, two in pairwise(own):
             stopped = one["kind"] == "decide" and one["action"] == "stop"
             assert not stopped or two["kind"] == "end"
