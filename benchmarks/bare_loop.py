@@ -1,7 +1,8 @@
 """The loop that `benchmarks.overhead` compares with: torch alone, a stage's network and loader.
 
 `python -m benchmarks.bare_loop JOB PORT PLACE` trains the job of a stage with as many processes as
-it has workers. In PLACE each writes its process id, and the first a line of JSON after each step.
+it has workers. In PLACE each writes its process id, and the first a line of JSON after its first
+step and every `log_every` steps.
 """
 
 import json
@@ -55,7 +56,7 @@ def worker(rank: int, job_file: str, port: str, place: Path) -> None:
             loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            if rank == 0:
+            if rank == 0 and (step == 0 or (step + 1) % stage.log_every == 0):
                 line = {"time": time.time(), "loss": loss.item()}
                 file.write(json.dumps(line) + "\n")
 

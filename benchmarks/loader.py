@@ -8,8 +8,9 @@ Both with real pictures where ATROUS_TEST_DATA names a folder with VOCdevkit/VOC
 drawn ones of their sizes. S3: the ImageNet case's first epoch from SeaweedFS on this machine behind
 a proxy that holds every request up for 20 ms. Memory: resident memory after 5 and 20 epochs of VOC.
 
-ours: uint8 batches, which the device normalises. peers: float32, normalised, with torchvision's
-transforms of Pillow images (`benchmarks.loader_peers`). floor: libjpeg-turbo, and libpng of masks,
+ours: uint8 batches, which the device normalises; of VOC also with `data.keep_pixels`, from the
+second epoch on. peers: float32, normalised, with torchvision's transforms of Pillow images
+(`benchmarks.loader_peers`). floor: libjpeg-turbo, and libpng of masks,
 at full size, from memory; masks are quicker to decode in our shards than as published, so rows of
 VOC compare with decoding the published files as well. Unit: images per second; `cpu_ms` is
 processor time of an image in ours, the peer's and the floor's processes, the least of all rounds,
@@ -34,7 +35,8 @@ from benchmarks import loader_peers as peers
 from benchmarks.loader_data import Case, make_case
 from benchmarks.loader_store import latent_store, our_epoch, web_epoch
 
-OURS, FLOOR = "ours", peers.FLOOR
+OURS, KEPT, FLOOR = "ours", "ours, pixels kept", peers.FLOOR
+OUR_STREAMS = {OURS: peers.ours, KEPT: peers.ours_kept}
 LATENCY = 0.02  # seconds
 
 # name -> package, what makes its rounds
@@ -54,7 +56,7 @@ def make_round(name: str, case: Case) -> peers.Round:
         return our_epoch(case) if name == OURS else web_epoch(case)
     if name in peers.DECODERS:
         return peers.decoding(case, name)
-    return peers.rounds(peers.ours if name == OURS else STREAMS[name][1], case)
+    return peers.rounds(OUR_STREAMS.get(name) or STREAMS[name][1], case)
 
 
 @dataclass
@@ -118,9 +120,9 @@ def measure(names: list[str], case: Case, repeats: int) -> dict[str, Result]:
     return {name: contender.result for name, contender in contenders.items()}
 
 
-def row(case: str, results: dict[str, Result], peer: str) -> dict[str, Any]:
+def row(case: str, results: dict[str, Result], peer: str, own: str = OURS) -> dict[str, Any]:
     """Medians; `spread` is of the rounds' ratios to the peer."""
-    mine, theirs, least = results[OURS], results[peer], results[FLOOR]
+    mine, theirs, least = results[own], results[peer], results[FLOOR]
     if theirs.error:
         return {"benchmark": "loader", "case": f"{case}: {theirs.error}", "peer_name": peer}
     rates = [statistics.median(one.rates) for one in (mine, theirs, least)]
@@ -154,11 +156,14 @@ def local_rows(title: str, case: Case, repeats: int, wanted: list[str]) -> Itera
         else:
             text = f"{title}: {package} is not installed"
             yield {"benchmark": "loader", "case": text, "peer_name": name}
+    own = {OURS: title}
     if case.task == "segmentation":
         names += [name for name in peers.DECODERS if name != FLOOR]
-    results = measure([OURS, *names, FLOOR], case, repeats)
-    for name in names:
-        yield row(f"{title}, {case.threads} threads or workers", results, name)
+        own[KEPT] = f"{title}, pixels kept"
+    results = measure([*own, *names, FLOOR], case, repeats)
+    for mine, what in own.items():
+        for name in names:
+            yield row(f"{what}, {case.threads} threads or workers", results, name, mine)
 
 
 def store_rows(case: Case, repeats: int) -> Iterator[dict[str, Any]]:

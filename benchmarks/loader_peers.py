@@ -22,7 +22,8 @@ from PIL import Image
 
 from benchmarks.clock import clock
 from benchmarks.loader_data import Case, read_all
-from data_pipeline.config import TrainData
+from data_pipeline.config import Cache, TrainData
+from data_pipeline.kept_pixels import keep_pixels
 from data_pipeline.loader import TrainLoader
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -102,6 +103,17 @@ class Files(torch.utils.data.Dataset[Pair]):
 def ours(case: Case) -> Iterator[int]:
     """`TrainLoader`."""
     with train_loader(case) as loader:
+        for batch in loader:
+            yield len(batch.keys)
+
+
+def ours_kept(case: Case) -> Iterator[int]:
+    """`TrainLoader` after its first epoch with `keep_pixels`."""
+    kept = keep_pixels(case.dataset, Cache(directory=str(case.root / "cache")))
+    assert kept is not None
+    for raw in read_all(case):
+        kept.image(raw)
+    with train_loader(case, kept_pixels=kept) as loader:
         for batch in loader:
             yield len(batch.keys)
 

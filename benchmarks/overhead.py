@@ -1,14 +1,14 @@
 """A training step through `atrous run` with Ray against a bare loop of torch, and the way to it.
 
 Both train the same network with the same optimizer, loss, schedule and batches, which both read
-with the same loader from the same shards. ours: `atrous run`, its step as the run's journal has it,
-a line each step (a job has one in twenty by default). peer: `benchmarks.bare_loop`, processes of
-their own as torchrun starts them, one forward and backward of the batch and `optimizer.step()`;
+with the same loader from the same shards. ours: `atrous run`, whose journal has a line for each turn
+(a job has one in twenty steps by default). peer: `benchmarks.bare_loop`, processes of their own as
+torchrun starts them, one forward and backward of the batch and `optimizer.step()`;
 DistributedDataParallel and gloo (NCCL on GPUs) from two workers on, nothing around the network
 where there is one.
 
 Both are alive at the same time, and take turns: while one does some steps, the workers of the other
-are stopped (SIGSTOP), at equal priority. The step in which a worker was stopped does not count.
+are stopped (SIGSTOP), at equal priority. A turn lasts from SIGCONT to the line that ends its steps.
 Step times are means over a turn; ratios are of turns next to each other. Processor times are of
 all threads of the workers, which other processes disturb least. `total_to_peer` is of all turns
 together, which `turns` lists.
@@ -71,7 +71,7 @@ def make_job(settings: Settings, place: Path) -> Job:
         "steps": 100_000,
         "evaluate": {"every": 100_000},
         "checkpoint": {"every": 100_000},
-        "log_every": 1,
+        "log_every": settings.steps,
         "cluster": {"workers": settings.workers, "gpus_per_worker": int(settings.gpus)},
     }
 
@@ -87,7 +87,7 @@ def make_data(place: Path) -> None:
 
 
 class Contender:
-    """Training in other processes, which write a line of JSON after each step."""
+    """Training in other processes, which write a line of JSON every few steps."""
 
     def __init__(self, name: str, command: list[str], place: Path) -> None:
         self.name, self._place = name, place
@@ -128,13 +128,11 @@ class Contender:
 
     def turn(self, steps: int) -> tuple[float, float]:
         """Seconds and processor seconds of a step."""
+        began, cpu = time.time(), sum(map(processor_seconds, self.workers()))
         self._signal(signal.SIGCONT)
-        began = self.next_time()
-        cpu = sum(map(processor_seconds, self.workers()))
-        for _ in range(steps):
-            ended = self.next_time()
-        cpu = sum(map(processor_seconds, self.workers())) - cpu
+        ended = self.next_time()
         self._signal(signal.SIGSTOP)
+        cpu = sum(map(processor_seconds, self.workers())) - cpu
         return (ended - began) / steps, cpu / steps
 
     def pause(self) -> None:
@@ -343,7 +341,7 @@ def main() -> None:
     parser.add_argument("--crop", type=int, default=257)
     parser.add_argument("--batch", type=int, default=2, help="of each worker")
     parser.add_argument("--turns", type=int, default=12)
-    parser.add_argument("--steps", type=int, default=2, help="of a turn that count")
+    parser.add_argument("--steps", type=int, default=4, help="of a turn")
     parser.add_argument("--quick", action="store_true", help="a small network, few turns")
     parser.add_argument("--atrous", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -162,6 +162,11 @@ class DataConfig(BaseModel):
         description="shared by all workers of a node; None: for a data_root of s3:// only; "
         "false: never",
     )
+    keep_pixels: bool = Field(
+        default=False,
+        description="segmentation: keep decoded training images in the node's cache (see cache; on "
+        "any data_root), if all fit: later epochs do not decode",
+    )
     on_bad_sample: OnBadSample = Field(
         default="fail",
         description="training sample that cannot be read or decoded; skip: another replaces it",

@@ -17,7 +17,7 @@ from data_pipeline.errors import DataError
 from data_pipeline.manifest import FILE_NAME, Manifest, RowReader, read_manifest
 from data_pipeline.node_cache import NodeCache, open_cache
 from data_pipeline.plan import SampleIndex
-from data_pipeline.storage import LoadingCache, LocalStorage, Place, Storage, join, open_storage
+from data_pipeline.storage import LoadingCache, LocalStorage, Place, join, open_storage
 
 _NUMBERS = (
     "offset",
@@ -35,9 +35,13 @@ _ROWS_CACHED = 2_000_000  # about 150 MB of row tables; all of ImageNet
 
 @dataclass(frozen=True, kw_only=True)
 class RawSample:
-    """A sample as stored: encoded image and label, and the image's size in pixels."""
+    """A sample as stored: encoded image and label, and the image's size in pixels.
+
+    `place` stands for the content of its image, wherever the shard lies.
+    """
 
     key: str
+    place: str
     image: bytes
     label: bytes
     width: int
@@ -48,6 +52,7 @@ class RawSample:
 class _Rows:
     """The rows of one shard; numbers in the order of _NUMBERS, keys as Arrow's compact strings."""
 
+    shard: str  # its digest
     keys: pa.ChunkedArray
     numbers: NDArray[np.int64]  # (rows, 9)
     labels: pa.ChunkedArray | None = None  # encoded; None: in the shard
@@ -57,6 +62,7 @@ class _Rows:
         image, image_size, label, label_size, width, height = self.numbers[row, 3:].tolist()
         return RawSample(
             key=self.keys[row].as_py(),
+            place=f"{self.shard} {image} {image_size}",
             image=span[image - start : image - start + image_size],
             label=span[label - start : label - start + label_size]
             if self.labels is None
@@ -72,7 +78,7 @@ class _Rows:
             return pa.chunked_array([column.slice(first, stop - first).to_pylist()], column.type)
 
         labels = None if self.labels is None else copy(self.labels)
-        return _Rows(copy(self.keys), self.numbers[first:stop].copy(), labels)
+        return _Rows(self.shard, copy(self.keys), self.numbers[first:stop].copy(), labels)
 
     def is_whole(self, row: int, span: bytes, start: int) -> bool:
         """Whether the bytes of the sample of `row` in `span` have its checksum."""
@@ -199,6 +205,14 @@ class Dataset:
             width = max(width, int(table["width"].to_numpy().max()))
         return height, width
 
+    def num_pixels(self) -> int:
+        """Of all images together."""
+        total = 0
+        for shard in range(len(self.shard_samples)):
+            table = self._reader.read(shard, ["height", "width"])
+            total += int(table["height"].to_numpy().astype(np.int64) @ table["width"].to_numpy())
+        return total
+
     @cached_property
     def _shard_ends(self) -> NDArray[np.int64]:
         return np.cumsum(np.asarray(self.shard_samples, np.int64))
@@ -211,7 +225,7 @@ class Dataset:
         if in_rows:
             encode = _encode_class if manifest.task == "classification" else _encode_classes
             labels = pa.chunked_array([[encode(ids) for ids in table["labels"].to_pylist()]])
-        return _Rows(table["key"], numbers, labels)
+        return _Rows(manifest.shards[shard].sha256, table["key"], numbers, labels)
 
     def _read_manifest(self, offset: int, size: int, again: bool) -> bytes:
         read = partial(self._storage.read, FILE_NAME, offset, size)
@@ -266,7 +280,15 @@ def open_dataset(
             "split or data root"
         )
     manifest = read_manifest(place)
-    return Dataset(manifest, _node_cache(cache, manifest.shard_storage))
+    if cache is False or (cache is None and not manifest.shard_storage.remote):
+        return Dataset(manifest)
+    return Dataset(manifest, node_cache(cache))
+
+
+def node_cache(cache: Cache | None) -> NodeCache | None:
+    """The node's cache as a job file describes it; None, with a warning, if it is refused."""
+    directory = cache.directory if cache else None
+    return open_cache(Path(directory) if directory else None, cache.size if cache else None)
 
 
 def _encode_class(ids: list[int]) -> bytes:
@@ -275,13 +297,6 @@ def _encode_class(ids: list[int]) -> bytes:
 
 def _encode_classes(ids: list[int]) -> bytes:
     return json.dumps(ids).encode("ascii")
-
-
-def _node_cache(cache: Cache | Literal[False] | None, storage: Storage) -> NodeCache | None:
-    if cache is False or (cache is None and not storage.remote):
-        return None
-    directory = cache.directory if cache else None
-    return open_cache(Path(directory) if directory else None, cache.size if cache else None)
 
 
 def _listing(root: Place, wanted: str) -> str:

@@ -46,20 +46,18 @@ def decode_image(data: bytes, key: str) -> Pixels:
     return decode_image_scaled(data, key, min_height=0, min_width=0)
 
 
-def decode_image_scaled(
-    data: bytes, key: str, *, min_height: int, min_width: int, min_factor: int = 1
-) -> Pixels:
+def decode_image_scaled(data: bytes, key: str, *, min_height: int, min_width: int) -> Pixels:
     """Decode an image to RGB `(H, W, 3)`, no smaller than the given size (as far as the image is).
 
-    A JPEG that is larger, by `min_factor` at least, is reduced while decoding to a number of
-    eighths, which spares resampling it. 0 asks for the full size.
+    A JPEG that is larger is reduced while decoding to a number of eighths, which spares resampling
+    it. 0 asks for the full size.
 
     Raises:
         DataError: damaged, of an unknown format, or larger than MAX_PIXELS.
     """
     with _naming("image", key):
         if data.startswith(_JPEG):
-            return _decode_jpeg(data, min_height, min_width, min_factor)
+            return _decode_jpeg(data, min_height, min_width)
         if data.startswith(_PNG):
             return cv2.cvtColor(_decode_png(data, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
         return _decode_other(data)
@@ -121,7 +119,7 @@ def _naming(what: str, key: str) -> Iterator[None]:
         raise DataError(f"{key}: cannot decode the {what} ({error}); prepare it again") from error
 
 
-def _decode_jpeg(data: bytes, min_height: int, min_width: int, min_factor: int) -> Pixels:
+def _decode_jpeg(data: bytes, min_height: int, min_width: int) -> Pixels:
     try:
         height, width, stored, _ = simplejpeg.decode_jpeg_header(data)
     except (ValueError, KeyError):
@@ -132,7 +130,7 @@ def _decode_jpeg(data: bytes, min_height: int, min_width: int, min_factor: int) 
     if stored in ("CMYK", "YCCK"):
         simplejpeg.decode_jpeg(data, "CMYK")  # for its errors: Pillow does not see all damage
         return _decode_other(data)  # libjpeg-turbo does not turn these into RGB
-    how = {"min_height": min_height, "min_width": min_width, "min_factor": min_factor}
+    how = {"min_height": min_height, "min_width": min_width, "min_factor": 1}
     try:
         return simplejpeg.decode_jpeg(data, **how)
     except ValueError as error:

@@ -24,6 +24,7 @@ from data_pipeline.dataset import Dataset, RawSample
 from data_pipeline.decode import Pixels
 from data_pipeline.errors import DataError, StorageUnavailable
 from data_pipeline.in_order import InOrder
+from data_pipeline.kept_pixels import KeptPixels
 from data_pipeline.plan import Plan, SampleIndex, eval_indices, sample_seed
 from data_pipeline.samples import Buffers, Label, Write, evaluation_decoder, training_writer
 
@@ -87,6 +88,7 @@ class TrainLoader:
     prefetch: int = 4
     on_bad_sample: OnBadSample = "fail"
     mean_pixel: tuple[float, float, float] = (127.5, 127.5, 127.5)
+    kept_pixels: KeptPixels | None = None  # of a segmentation data set
     wait_seconds: float = field(default=0.0, init=False)  # how long the consumer has waited so far
     _batches: InOrder[Buffers, list[_Loaded]] = field(init=False, repr=False)
 
@@ -114,7 +116,12 @@ class TrainLoader:
             slots=self.slots,
             reader=reader,
             write=training_writer(
-                self.task, self.dataset, self.data, self.num_classes, self.mean_pixel
+                self.task,
+                self.dataset,
+                self.data,
+                self.num_classes,
+                self.mean_pixel,
+                self.kept_pixels,
             ),
             new_buffers=new_buffers,
             on_bad_sample=self.on_bad_sample,

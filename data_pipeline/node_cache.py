@@ -35,7 +35,7 @@ class NodeCache:
     """At most `limit` bytes of `directory`; the entries used last stay. See `open_cache`."""
 
     def __init__(self, directory: Path, limit: int) -> None:
-        self._directory = directory
+        self.directory = directory
         self._limit = limit
         self._lock_file = _open_lock_file(directory)
         self._paused_until = 0.0
@@ -43,6 +43,11 @@ class NodeCache:
         with self._locked(0, _SWEEP_WAIT) as held:
             if held:
                 self._sweep(limit)
+
+    @property
+    def room(self) -> int:
+        """Bytes that entries can take without pushing each other out."""
+        return int(self._limit * _KEPT)
 
     def get(self, key: str, fetch: Callable[[], bytes], verify: Callable[[bytes], bool]) -> bytes:
         """The bytes of `key`, from the cache or else from `fetch`, then kept if `verify` says so.
@@ -70,7 +75,7 @@ class NodeCache:
 
     def _path(self, key: str) -> Path:
         name = hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
-        return self._directory / name[:2] / name[2:]
+        return self.directory / name[:2] / name[2:]
 
     def _read(self, key: str) -> bytes | None:
         path = self._path(key)
@@ -82,7 +87,7 @@ class NodeCache:
         return data or None
 
     def _keep(self, key: str, data: bytes) -> None:
-        if len(data) > self._limit * _KEPT or time.monotonic() < self._paused_until:
+        if len(data) > self.room or time.monotonic() < self._paused_until:
             return
         try:
             if self._reserve(len(data)):
@@ -98,7 +103,7 @@ class NodeCache:
             self._warned = True
             log.warning(
                 "cache %s: %s; reading on without it, make room or set data.cache or ATROUS_CACHE",
-                self._directory,
+                self.directory,
                 error,
             )
 
@@ -110,14 +115,14 @@ class NodeCache:
             raw = os.pread(self._lock_file, _USAGE.size, 0)
             used = _USAGE.unpack(raw)[0] if len(raw) == _USAGE.size else self._limit
             if used + size > self._limit:
-                used = self._sweep(int(self._limit * _KEPT) - size)
+                used = self._sweep(self.room - size)
             os.pwrite(self._lock_file, _USAGE.pack(used + size), 0)
             return True
 
     def _sweep(self, room: int) -> int:
         """Delete what dead writers left, and the longest unused entries beyond `room` bytes."""
         entries = []
-        for path in self._directory.glob("??/*"):
+        for path in self.directory.glob("??/*"):
             try:
                 status = path.stat()
                 if path.name.endswith(_TEMPORARY) and _is_abandoned(path):
@@ -185,7 +190,10 @@ def _default_directory() -> str:
 
 
 def _free(directory: Path) -> int:
-    return shutil.disk_usage(directory).free
+    """Bytes, without the cache: a limit that shrinks as it fills would empty it again."""
+    raw = os.pread(_open_lock_file(directory), _USAGE.size, 0)
+    used = _USAGE.unpack(raw)[0] if len(raw) == _USAGE.size else 0
+    return shutil.disk_usage(directory).free + used
 
 
 # Closing any descriptor of a file frees all locks the process holds on it (POSIX), so there is one

@@ -20,6 +20,7 @@ from data_pipeline.decode import (
     decode_mask,
 )
 from data_pipeline.errors import DataError
+from data_pipeline.kept_pixels import KeptPixels
 from data_pipeline.transforms import (
     Decode,
     SegmentationAugmentation,
@@ -65,10 +66,11 @@ def training_writer(
     data: TrainData,
     num_classes: int,
     mean_pixel: tuple[float, float, float],
+    kept: KeptPixels | None = None,
 ) -> Write:
-    """What augments a sample into a place of a training batch."""
+    """What augments a sample into a place of a training batch; `kept` is of a segmentation."""
     if task == "segmentation":
-        return _pair_writer(dataset, data, num_classes, mean_pixel)
+        return _pair_writer(dataset, data, num_classes, mean_pixel, kept)
     crop, area, flip = as_size(data.crop), data.area or _AREA, data.flip
     label = _label_decoder(task, num_classes)
 
@@ -98,7 +100,11 @@ def evaluation_decoder(
 
 
 def _pair_writer(
-    dataset: Dataset, data: TrainData, num_classes: int, mean_pixel: tuple[float, float, float]
+    dataset: Dataset,
+    data: TrainData,
+    num_classes: int,
+    mean_pixel: tuple[float, float, float],
+    kept: KeptPixels | None,
 ) -> Write:
     ignore = dataset.manifest.ignore_label
     masks = _mask_decoder(dataset, num_classes)
@@ -113,16 +119,16 @@ def _pair_writer(
 
     def write(raw: RawSample, rng: Random, buffers: Buffers, place: int) -> None:
         mask = masks(raw)
-        # A JPEG reduced by less than half takes longer to decode than whole (docs/log.md).
-        decode = _decoder(raw, min_factor=2)
-        augment_segmentation(decode, mask, rng, how, (buffers.images[place], buffers.labels[place]))
+        # Whole at any scale, as kept ones are: reducing has other pixels, and saves little.
+        image = kept.image(raw) if kept else decode_image(raw.image, raw.key)
+        augment_segmentation(image, mask, rng, how, (buffers.images[place], buffers.labels[place]))
 
     return write
 
 
-def _decoder(raw: RawSample, min_factor: int = 1) -> Decode:
+def _decoder(raw: RawSample) -> Decode:
     return lambda height, width: decode_image_scaled(
-        raw.image, raw.key, min_height=height, min_width=width, min_factor=min_factor
+        raw.image, raw.key, min_height=height, min_width=width
     )
 
 

@@ -43,7 +43,7 @@ class SegmentationAugmentation:
 
 
 def augment_segmentation(
-    decode: Decode,
+    image: Pixels,
     mask: Pixels,
     rng: Random,
     how: SegmentationAugmentation,
@@ -51,8 +51,8 @@ def augment_segmentation(
 ) -> tuple[Pixels, Pixels]:
     """Random scale, padding at the bottom and right, random crop, random flip, in that order.
 
-    Takes a mask `(H, W)` and what decodes its image, gives RGB `(*crop, 3)` and `crop`, in the
-    memory of `into` where that is given. The image is resized bilinearly, the mask to the nearest
+    Takes RGB `(H, W, 3)` and its mask `(H, W)`, gives `(*crop, 3)` and `crop`, in the memory of
+    `into` where that is given. The image is resized bilinearly, the mask to the nearest
     pixel; only the crop window is computed, of whole pixels of the source, so that it lies within
     a pixel of where the reference has it (docs/decisions/0015).
     """
@@ -64,12 +64,12 @@ def augment_segmentation(
     window, labels = into or (np.empty((*how.crop, 3), np.uint8), np.empty(how.crop, np.uint8))
     left = how.crop[1] - shown.width if flip else 0
     part = slice(shown.height), slice(left, left + shown.width)
-    image = decode(*map(min, scaled, mask.shape))
-    for source, out, interpolation in (
-        (image, window[part], cv2.INTER_LINEAR),
-        (mask, labels[part], cv2.INTER_NEAREST_EXACT),
+    source = _spans(scaled, shown, mask)
+    for pixels, out, interpolation in (
+        (image[source], window[part], cv2.INTER_LINEAR),
+        (mask[source], labels[part], cv2.INTER_NEAREST_EXACT),
     ):
-        _resize_part(source, scaled, shown, interpolation, out)
+        cv2.resize(pixels, (shown.width, shown.height), dst=out, interpolation=interpolation)
         if flip:
             cv2.flip(out, 1, dst=out)
     if (shown.height, shown.width) != how.crop:
@@ -153,21 +153,10 @@ def resize_window(
         min(size[0], math.ceil(size[0] * crop[0] / window.height)),
         min(size[1], math.ceil(size[1] * crop[1] / window.width)),
     )
-    rows, columns = _spans(size, window, image)
-    part = image[rows, columns]
+    part = image[_spans(size, window, image)]
     shrinks = part.shape[0] >= 1.2 * crop[0] and part.shape[1] >= 1.2 * crop[1]
     method = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
     return cv2.resize(part, (crop[1], crop[0]), dst=out, interpolation=method)
-
-
-def _resize_part(
-    source: Pixels, size: Sequence[int], window: Window, interpolation: int, out: Pixels
-) -> None:
-    """Write to `out` what `window` shows of the source resized to `size`."""
-    rows, columns = _spans(size, window, source)
-    cv2.resize(
-        source[rows, columns], (window.width, window.height), dst=out, interpolation=interpolation
-    )
 
 
 def _spans(size: Sequence[int], window: Window, image: Pixels) -> tuple[slice, slice]:

@@ -197,6 +197,10 @@ class StageSettings(Limits):
             raise ValueError("data.train.area is for classification; segmentation uses scale")
         if self.task != "segmentation" and train.scale is not None:
             raise ValueError(f"data.train.scale is for segmentation; {self.task} uses area")
+        if self.data.keep_pixels and self.data.cache is False:
+            raise ValueError(
+                "data.keep_pixels: there is no place with data.cache: false; leave one"
+            )
         return self
 
     @model_validator(mode="after")
@@ -212,6 +216,7 @@ class StageSettings(Limits):
                 ("evaluate.flip", self.evaluate.flip, False),
                 ("loss.hard_pixels", self.loss.hard_pixels, None),
                 ("data.train.scale_step", self.data.train.scale_step, 0.25),
+                ("data.keep_pixels", self.data.keep_pixels, False),
                 *(
                     (
                         f"model.{name}",

@@ -42,6 +42,7 @@ _NOT_IN_FINGERPRINT: dict[str, Any] = {
         "threads": True,
         "prefetch": True,
         "cache": True,
+        "keep_pixels": True,
         "on_bad_sample": True,
         "max_bad_share": True,
     },

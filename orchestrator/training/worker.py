@@ -13,6 +13,7 @@ import ray.train
 import torch
 
 from data_pipeline.dataset import Dataset, open_dataset
+from data_pipeline.kept_pixels import keep_pixels
 from data_pipeline.loader import Batch, TrainLoader
 from data_pipeline.plan import slots_of_rank
 from model.allocator import keep_freed_memory
@@ -177,6 +178,7 @@ def _ideal_step(work: Work) -> float | None:
 
 def _open_loader(work: Work, start: int) -> TrainLoader:
     stage, place = work.stage, work.place
+    keep = stage.data.keep_pixels
     return TrainLoader(
         dataset=work.train_set,
         task=stage.task,
@@ -191,6 +193,7 @@ def _open_loader(work: Work, start: int) -> TrainLoader:
         prefetch=stage.data.prefetch,
         on_bad_sample=stage.data.on_bad_sample,
         mean_pixel=work.network.mean_pixel,
+        kept_pixels=keep_pixels(work.train_set, stage.data.cache) if keep else None,
     )
 
 

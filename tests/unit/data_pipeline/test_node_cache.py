@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -239,3 +240,19 @@ def test_its_place_by_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     fetched(cache, "a")
     assert len(entries(tmp_path / "here")) == 1
     assert (tmp_path / "here").stat().st_mode & 0o077 == 0
+
+
+def test_a_limit_from_the_free_room_stays_as_the_cache_fills(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def room(free: int) -> int:
+        monkeypatch.setattr(node_cache.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+        node_cache._open.cache_clear()
+        cache = open_cache(tmp_path)
+        assert cache is not None
+        return cache.room
+
+    before = room(4000)
+    fetched(NodeCache(tmp_path, 1000), "a", size=600)
+    assert room(3400) == before == 900
+    assert room(1000) == 360

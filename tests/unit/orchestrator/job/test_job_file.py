@@ -13,6 +13,7 @@ from orchestrator.job.config import PipelineJob, StageJob
 from orchestrator.job.job_file import load_job
 from tests.unit.orchestrator.jobs import pipeline_job, stage, stage_job, write
 
+DATA = stage("tiny", "classification", "tiny-imagenet")["data"]
 RECIPES = sorted(Path("jobs").rglob("*.yaml"))
 
 
@@ -70,6 +71,11 @@ def test_stage_and_pipeline_are_read(tmp_path: Path) -> None:
         ),
         ({"global_batch": None}, "global_batch: null: should be a whole number"),
         ({"evaluate": {"scales": [0.5]}}, "evaluate.scales is for segmentation"),
+        ({"data": DATA | {"keep_pixels": True}}, "data.keep_pixels is for segmentation"),
+        (
+            {"data": DATA | {"keep_pixels": True, "cache": False}},
+            "data.keep_pixels: there is no place with data.cache: false",
+        ),
         ({"epochs": 3}, "give exactly one of steps and epochs"),
         ({"log_every": "3 days"}, "log_every: '3 days': must be a number of steps (1000) or of"),
         ({"cluster": {"workers": [4, 2]}}, "cluster: workers: [4, 2] is not [min, max]"),

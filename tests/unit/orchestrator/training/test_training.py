@@ -119,6 +119,19 @@ def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(
     assert series(planned) == series(undisturbed)
 
 
+def test_kept_pixels_change_nothing(
+    undisturbed: PlannedStage, tiny_data: Path, tmp_path: Path
+) -> None:
+    """Nor the identity of the run."""
+    data = stage("tiny", "segmentation", "tiny-voc")["data"]
+    cache = {"keep_pixels": True, "cache": {"directory": str(tmp_path / "cache")}}
+    planned = plan(tiny_data, tmp_path, data=data | cache)
+    assert planned.fingerprint == undisturbed.fingerprint
+    run(planned)
+    assert list((tmp_path / "cache").glob("??/*"))
+    assert series(planned) == series(undisturbed)
+
+
 def test_a_finished_stage_is_found_by_its_fingerprint(
     undisturbed: PlannedStage, tiny_data: Path, tmp_path: Path
 ) -> None:
