@@ -1,8 +1,8 @@
 """A training step through `atrous run` with Ray against a bare loop of torch, and the way to it.
 
 Both train the same network with the same optimizer, loss, schedule and batches, which both read
-with the same loader from the same shards. ours: `atrous run`, whose journal has a line for each turn
-(a job has one in twenty steps by default). peer: `benchmarks.bare_loop`, processes of their own as
+with the same loader from the same shards. ours: `atrous run`, whose journal has a line for each
+turn (one in twenty steps by default). peer: `benchmarks.bare_loop`, processes of their own as
 torchrun starts them, one forward and backward of the batch and `optimizer.step()`;
 DistributedDataParallel and gloo (NCCL on GPUs) from two workers on, nothing around the network
 where there is one.

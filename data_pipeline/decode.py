@@ -130,7 +130,7 @@ def _decode_jpeg(data: bytes, min_height: int, min_width: int) -> Pixels:
     if stored in ("CMYK", "YCCK"):
         simplejpeg.decode_jpeg(data, "CMYK")  # for its errors: Pillow does not see all damage
         return _decode_other(data)  # libjpeg-turbo does not turn these into RGB
-    how = {"min_height": min_height, "min_width": min_width, "min_factor": 1}
+    how = {"min_height": min_height, "min_width": min_width}
     try:
         return simplejpeg.decode_jpeg(data, **how)
     except ValueError as error:

@@ -114,7 +114,7 @@ class Learner:
         return self._distributed.no_sync()
 
     def _scale_gradients(self, factor: Tensor) -> Tensor:
-        """Have the optimizer multiply all gradients by `factor`, clipped; their norm before that."""
+        """Norm of the gradients times `factor`, by which the optimizer will multiply and clip."""
         self._state.scaler.unscale_(self._state.optimizer)
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         norm = get_total_norm(gradients).double() * factor

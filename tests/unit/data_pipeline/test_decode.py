@@ -112,15 +112,6 @@ def test_scaled_decoding_is_no_smaller_than_asked(
     assert_close(decoded, cv2.resize(SMOOTH, size, interpolation=cv2.INTER_AREA), mean=2.0)
 
 
-def test_scaled_decoding_may_begin_at_half() -> None:
-    data = encode(Image.fromarray(SMOOTH), "JPEG", quality=95)
-    sizes = [
-        decode_image_scaled(data, "k", min_height=height, min_width=1, min_factor=2).shape[:2]
-        for height in (60, 61, 90)
-    ]
-    assert sizes == [(60, 80), (120, 160), (120, 160)]
-
-
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.01, 0.5, 0.9])
 def test_truncated_images_are_named(kind: str, share: float) -> None:
