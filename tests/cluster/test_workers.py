@@ -17,12 +17,12 @@ def test_two_workers_give_the_losses_of_one(
 ) -> None:
     """Unequal parts (3 slots over 2 workers), unequal counts of labelled pixels, one loss.
 
-    Batch norm is synchronised and dropout off: its masks are each worker's own. The rate is low,
-    because statistics of 3 pooled values multiply rounding at every step of a larger one.
+    Batch norm is synchronised and dropout off: its masks are each worker's own. No image-level
+    features: statistics of 3 pooled values multiply rounding a hundredfold at every step.
     """
     settings = stage("tiny-voc", "segmentation", "tiny-voc")
     job = {"kind": "stage", "data_root": str(tiny_data)} | settings
-    job["model"] |= {"batch_norm": {"sync": True}, "dropout": 0.0}
+    job["model"] |= {"batch_norm": {"sync": True}, "image_level_features": False, "dropout": 0.0}
     job["optimizer"]["lr"] = 0.002
     job |= {"global_batch": 3, "steps": 5}
     journals = []
