@@ -18,7 +18,7 @@ def test_two_workers_give_the_losses_of_one(
     """Unequal parts (3 slots over 2 workers), unequal counts of labelled pixels, one loss.
 
     Batch norm is synchronised and dropout off: its masks are each worker's own. No image-level
-    features: statistics of 3 pooled values multiply rounding a hundredfold at every step.
+    features: statistics of 3 pooled values multiply rounding (docs/log.md).
     """
     settings = stage("tiny-voc", "segmentation", "tiny-voc")
     job = {"kind": "stage", "data_root": str(tiny_data)} | settings

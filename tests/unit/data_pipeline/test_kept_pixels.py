@@ -2,9 +2,11 @@
 
 import errno
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import cv2
 import pytest
 import torch
 
@@ -12,7 +14,9 @@ from data_pipeline import kept_pixels as module
 from data_pipeline import node_cache
 from data_pipeline.config import Cache, TrainData
 from data_pipeline.dataset import Dataset
+from data_pipeline.decode import decode_image
 from data_pipeline.errors import DataError
+from data_pipeline.formats.sample import Sample
 from data_pipeline.kept_pixels import KeptPixels, keep_pixels
 from data_pipeline.loader import Batch, TrainLoader
 from tests.unit.data_pipeline.conftest import tiny_sample
@@ -103,11 +107,19 @@ def test_what_rots_is_decoded_again(dataset: Dataset, cache: Cache, decoded: lis
 def test_samples_of_another_data_set_are_others(
     make_dataset: Any, tmp_path: Path, cache: Cache
 ) -> None:
-    """The same names and places, other pictures."""
-    first = make_dataset("segmentation", (8,))
+    """The same names, places and sizes in bytes, other pictures."""
+
+    def plain(index: int) -> Sample:
+        sample = tiny_sample("segmentation", index)
+        pixels = decode_image(sample.image, sample.key)
+        image = cv2.imencode(".png", pixels, [cv2.IMWRITE_PNG_COMPRESSION, 0])[1].tobytes()
+        return replace(sample, image=image, image_extension="png")
+
+    first = make_dataset("segmentation", (8,), lambda _, i: plain(i))
     batches(first, keep_pixels(first, cache), stop_step=2)
     (tmp_path / "tiny").rename(tmp_path / "old")
-    second = make_dataset("segmentation", (8,), lambda task, i: tiny_sample(task, i + 35))
+    second = make_dataset("segmentation", (8,), lambda _, i: plain(i + 35))
+    assert len(raw_of(first)(0).image) == len(raw_of(second)(0).image)
     found = batches(second, keep_pixels(second, cache), stop_step=2)
     assert_same(found, batches(second, None, stop_step=2))
 
@@ -115,9 +127,7 @@ def test_samples_of_another_data_set_are_others(
 def test_images_that_do_not_all_fit_are_not_kept(
     dataset: Dataset, cache: Cache, caplog: pytest.LogCaptureFixture
 ) -> None:
-    shards = sum(
-        shard.size for shard in dataset.manifest.shards
-    )  # the same cache keeps their bytes
+    shards = sum(shard.size for shard in dataset.manifest.shards)  # are kept there too
     needed = dataset.num_pixels() * 3 + dataset.num_samples * 4 + shards
     sizes = [raw.height * raw.width for raw in map(raw_of(dataset), range(dataset.num_samples))]
     assert dataset.num_pixels() == sum(sizes)
