@@ -54,8 +54,8 @@ def keep_pixels(dataset: Dataset, cache: Cache | Literal[False] | None) -> KeptP
         needed += sum(shard.size for shard in dataset.manifest.shards)
     if needed > place.room:
         log.warning(
-            "data.keep_pixels: the images of %s would take %.1f GB of the cache %s, which keeps "
-            "%.1f GB; each is decoded in every epoch: raise data.cache.size, or set "
+            "data.keep_pixels: the images of %s would take %.3g GB of the cache %s, which keeps "
+            "%.3g GB; each is decoded in every epoch: raise data.cache.size, or set "
             "data.cache.directory or ATROUS_CACHE to a larger disk",
             dataset.place,
             needed / 1e9,
@@ -64,7 +64,7 @@ def keep_pixels(dataset: Dataset, cache: Cache | Literal[False] | None) -> KeptP
         )
         return None
     log.info(
-        "keeps decoded images of %s in %s, %.1f GB", dataset.place, place.directory, needed / 1e9
+        "keeps decoded images of %s in %s, %.3g GB", dataset.place, place.directory, needed / 1e9
     )
     return KeptPixels(place)
 
